@@ -1,0 +1,218 @@
+"""Stage 0: ask an LLM for a chain of thought, a relevant and an irrelevant passage per training
+query, and let it verify its own relevant passage (paper, sections 3.1 and 3.2).
+
+Reads    datasets/<dataset>/{corpus,queries}.jsonl, qrels/train.tsv
+Writes   datasets/<dataset>_synthetic.jsonl          complete rows, appended as they finish
+         datasets/<dataset>_synthetic.failed.jsonl   rows that have no usable reply, with the reason
+         datasets/<dataset>_synthetic.ledger.jsonl   every reply received: nothing is paid twice
+Run      python datasets/parse_synthetic.py scifact
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import random
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+
+from syntriever import beir, jsonl, llm, paths, stage
+from syntriever.errors import BadInput, Failed
+
+# ---------------------------------------------------------------- edit here: prompts and sampling
+
+PROMPTS = {
+    "cot": (
+        "Search query: {query}\n\n"
+        "Think step by step about what somebody who types this query needs to find. Say what the terms mean, "
+        "which sub-questions follow, and what facts a helpful document would have to state. "
+        "Write your reasoning as one paragraph of at most 100 words. Do not answer with a list."
+    ),
+    "positive": (
+        "You are a subject-matter expert. Write one passage of about 100 words, in the style of a reference text, that "
+        "elaborates on the question below and would satisfy somebody who asks it. Be accurate and concrete, and leave "
+        "out anything you cannot vouch for. Reply with the passage only.\n\nQuestion: {query}"
+    ),
+    "negative": (
+        "Write one passage of about 100 words that a search engine might wrongly return for the query below: it shares "
+        "the topic and some of the words and reads plausibly, but it is irrelevant to what is asked and does not help to "
+        "answer it. Reply with the passage only.\n\nQuery: {query}"
+    ),
+    "verify": (
+        "Judge whether a passage is relevant to a question and free of errors.\n\nQuestion: {query}\n\n"
+        "Passage: {positive}\n\nDoes the passage correctly address the question? Answer with one word, yes or no."
+    ),
+}
+GENERATION_TEMPERATURE = 0.7
+VERDICT_TEMPERATURE = 0.0
+GENERATION_MAX_TOKENS = 400
+VERDICT_MAX_TOKENS = 8
+
+# -----------------------------------------------------------------------------------------------
+
+GENERATED = ("cot", "positive", "negative")
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("dataset", help="BEIR name, pydocs, or a folder datasets/<dataset>/")
+    parser.add_argument("--limit", type=int, help="only the first N queries of a seeded shuffle (default: all)")
+    parser.add_argument("--prompts", type=Path, help="JSON file {step: prompt} that replaces any of the prompts in this script")
+    parser.add_argument("--max-tokens", type=int, default=GENERATION_MAX_TOKENS, help="tokens per reply (default: %(default)s)")
+    parser.add_argument("--strict", action="store_true", help="refuse judgements of ids that the dataset lacks")
+    parser.add_argument("--force", action="store_true", help="start anew where the output was made with other settings")
+    llm.add_options(parser)
+    return parser.parse_args(argv)
+
+
+def load_prompts(path: Path | None) -> dict[str, str]:
+    """The prompts of this script, with those of a JSON file in their place."""
+    prompts = dict(PROMPTS)
+    if path:
+        if not path.is_file():
+            raise BadInput(f"--prompts {path}: no such file")
+        try:
+            prompts.update(json.loads(path.read_text("utf-8")))
+        except (ValueError, TypeError) as error:
+            raise BadInput(f"--prompts {path}: expected a JSON object of step: prompt ({error})") from None
+    for step, prompt in prompts.items():
+        needed = ["{query}", "{positive}"] if step == "verify" else ["{query}"]
+        if step not in PROMPTS or not isinstance(prompt, str) or any(field not in prompt for field in needed):
+            raise BadInput(f"--prompts {path}: {step!r} must be one of {', '.join(PROMPTS)}, a text with {' and '.join(needed)}")
+    return prompts
+
+
+def fill(prompt: str, **texts: str) -> str:
+    """Prompt with its fields filled in one pass: braces inside the texts stay as they are."""
+    parts = prompt.split("{")
+    filled = parts[0]
+    for part in parts[1:]:
+        name, brace, rest = part.partition("}")
+        filled += texts[name] + rest if brace and name in texts else "{" + part
+    return filled
+
+
+async def synthesize(asker: llm.Asker, query: str, prompts: dict[str, str], max_tokens: int) -> dict[str, Any]:
+    """The synthetic fields of one row, or {"step", "reason", "attempts"} of the reply that failed."""
+    requests = [
+        llm.Request(step, (query,), fill(prompts[step], query=query), GENERATION_TEMPERATURE, max_tokens) for step in GENERATED
+    ]
+    replies = dict(zip(GENERATED, await asyncio.gather(*map(asker.ask, requests)), strict=True))
+    if not any(reply.reason for reply in replies.values()):
+        prompt = fill(prompts["verify"], query=query, positive=replies["positive"].text)
+        verify = llm.Request("verify", (query,), prompt, VERDICT_TEMPERATURE, VERDICT_MAX_TOKENS, ("yes", "no"))
+        replies["verify"] = await asker.ask_verdict(verify)
+    for step, reply in replies.items():
+        if reply.reason:
+            return {"step": step, "reason": reply.reason, "attempts": reply.attempts}
+    return {
+        **{step: replies[step].text for step in GENERATED},
+        "verified": replies["verify"].text == "yes",
+        "finish_reasons": {step: reply.finish_reason for step, reply in replies.items()},
+        "prompt_tokens": sum(reply.prompt_tokens for reply in replies.values()),
+        "completion_tokens": sum(reply.completion_tokens for reply in replies.values()),
+    }
+
+
+def done_already(output: Path, settings: dict[str, str], force: bool) -> set[str]:
+    """Query ids that `output` holds. Rows made with other settings are refused, or set aside by `force`."""
+    if not output.is_file():
+        return set()
+    done = set()
+    for number, _, row in jsonl.read_with_offsets(output, {"query_id": str, "verified": bool, **dict.fromkeys(GENERATED, str)}):
+        if changed := [f"{name} was {row.get(name)!r} and is now {now!r}" for name, now in settings.items() if row.get(name) != now]:
+            where = f"{paths.shown(output)}:{number} was made with other settings: {', '.join(changed)}"
+            if not force:
+                raise BadInput(f"{where}.\nPass --force to start anew (the old file is kept as .old)")
+            output.rename(output.with_name(output.name + ".old"))
+            stage.say(f"note: {where}; it is kept as {output.name}.old")
+            return set()
+        done.add(row["query_id"])
+    return done
+
+
+def main(args: argparse.Namespace) -> None:
+    llm.check_options(args)
+    if args.limit is not None and args.limit < 1:
+        raise BadInput("--limit must be at least 1")
+    prompts = load_prompts(args.prompts)
+    queries, qrels = beir.load_split(args.dataset, "train", strict=args.strict)
+    wanted = [query_id for query_id, judged in qrels.items() if max(judged.values()) >= 1]
+    random.Random(args.seed).shuffle(wanted)
+    wanted = wanted[: args.limit]
+    args.llm = llm.default_llm(args.dataset, args.llm)
+    teacher = llm.make_teacher(args.llm, args.dataset, args)
+    output = paths.synthetic(args.dataset)
+    settings = {"llm": args.llm, "prompts": stage.text_sha256(prompts)[:12]}
+
+    with jsonl.lock(output):
+        record = stage.Record(args)
+        record.reads(paths.queries(args.dataset), paths.qrels(args.dataset, "train"))
+        done = done_already(output, settings, args.force)
+        pending = [query_id for query_id in wanted if query_id not in done]
+        stage.say(f"read   {len(wanted)} training queries of {args.dataset}: {len(wanted) - len(pending)} done, {len(pending)} to ask")
+        if teacher.live and pending:
+            stage.say(f"       up to {4 * len(pending):,} requests to {args.llm}, less what the ledger holds")
+        counts = write_rows(args, teacher, output, settings, prompts, queries, pending)
+        record.write(output, **counts)
+    report(args, output, counts, len(pending))
+
+
+def write_rows(
+    args: argparse.Namespace,
+    teacher: llm.Teacher,
+    output: Path,
+    settings: dict[str, str],
+    prompts: dict[str, str],
+    queries: dict[str, str],
+    pending: list[str],
+) -> dict[str, int]:
+    """Ask for every pending query and append its row as soon as it is complete."""
+    from tqdm import tqdm
+
+    counts = {"written": 0, "verified": 0, "failed": 0, "not_recorded": 0}
+    ledger = llm.Ledger(paths.ledger(output), args.retry_failed) if teacher.live else None
+    asker = llm.Asker(teacher, ledger, args.max_requests)
+    paths.failed(output).unlink(missing_ok=True)
+    with jsonl.Appender(output) as rows, jsonl.Appender(paths.failed(output)) as failures, tqdm(total=len(pending), unit="query") as bar:
+
+        async def work(query_id: str) -> None:
+            row = await synthesize(asker, queries[query_id], prompts, args.max_tokens)
+            if "reason" not in row:
+                rows.add({"query_id": query_id, "query": queries[query_id], **row, **settings})
+                counts["written"] += 1
+                counts["verified"] += row["verified"]
+            elif row["reason"] == "not_recorded":
+                counts["not_recorded"] += 1
+            else:
+                failures.add({"query_id": query_id, **row})
+                counts["failed"] += 1
+            bar.update()
+
+        try:
+            llm.work_through(pending, work, teacher.concurrency)
+        finally:
+            if ledger:
+                ledger.close()
+    stage.say(f"asked  {asker.summary()}")
+    return counts
+
+
+def report(args: argparse.Namespace, output: Path, counts: dict[str, int], asked: int) -> None:
+    written, rejected = counts["written"], counts["written"] - counts["verified"]
+    stage.say(f"wrote  {paths.shown(output)}: {written} new rows, {rejected} of them with a positive that the LLM itself rejected")
+    if counts["not_recorded"]:
+        stage.say(f"       {counts['not_recorded']} queries have no recorded answer; stage 1 trains them on their gold passage alone")
+    if counts["failed"]:
+        stage.say(f"       {counts['failed']} rows failed, see {paths.shown(paths.failed(output))}; run again to retry what never arrived")
+    if asked and counts["failed"] / asked > args.max_failure_rate:
+        raise Failed(f"{counts['failed']} of {asked} rows failed, more than --max-failure-rate {args.max_failure_rate}")
+    stage.next_command(f"python train_stage1.py e5 {args.dataset}")
+
+
+if __name__ == "__main__":
+    sys.exit(stage.run(main, parse_args))

@@ -1,0 +1,159 @@
+"""JSONL that survives bad input, kills and full disks.
+
+Files are UTF-8 and split on b"\n" only: U+2028 and its kin are legal inside JSON strings, so
+`str.splitlines` would tear rows apart.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from syntriever.errors import BadInput, Failed
+from syntriever.paths import shown
+
+Row = dict[str, Any]
+
+
+def _reject_constant(name: str) -> float:
+    raise ValueError(f"{name} is not JSON")
+
+
+def parse(line: bytes, path: Path, number: int, fields: dict[str, type | tuple[type, ...]]) -> Row:
+    """Row of one line, with every name of `fields` present and of its type, else `BadInput`."""
+    try:
+        row = json.loads(line.decode("utf-8"), parse_constant=_reject_constant)
+    except UnicodeDecodeError as error:
+        raise BadInput(f"{shown(path)}:{number}: not UTF-8 ({error.reason} at byte {error.start})") from None
+    except (ValueError, RecursionError) as error:
+        raise BadInput(f"{shown(path)}:{number}: not a JSON row ({error})") from None
+    if not isinstance(row, dict):
+        raise BadInput(f"{shown(path)}:{number}: a row must be a JSON object, not {type(row).__name__}")
+    for name, kind in fields.items():
+        if name not in row:
+            raise BadInput(f"{shown(path)}:{number}: field {name!r} is missing")
+        if not isinstance(row[name], kind):
+            raise BadInput(f"{shown(path)}:{number}: field {name!r} has type {type(row[name]).__name__}")
+    return row
+
+
+def read(path: Path, fields: dict[str, type | tuple[type, ...]] | None = None) -> Iterator[Row]:
+    """Rows of `path`, one at a time. A BOM, CRLF and blank lines are accepted.
+
+    Raises `BadInput` naming `file:line` on anything that is not a JSON object with `fields`.
+    """
+    for _, _, row in read_with_offsets(path, fields or {}):
+        yield row
+
+
+def read_with_offsets(path: Path, fields: dict[str, type | tuple[type, ...]]) -> Iterator[tuple[int, int, Row]]:
+    """(line number, byte offset, row) of every row of `path`."""
+    if not path.is_file():
+        raise BadInput(f"{shown(path)}: no such file")
+    offset = 0
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            start, offset = offset, offset + len(line)
+            if number == 1 and line.startswith(b"\xef\xbb\xbf"):
+                line, start = line[3:], 3
+            if line.strip():
+                yield number, start, parse(line, path, number, fields)
+
+
+def dumps(row: Row) -> bytes:
+    """One line. NaN is refused: no other reader would take it."""
+    return json.dumps(row, ensure_ascii=False, allow_nan=False).encode("utf-8") + b"\n"
+
+
+@contextmanager
+def atomic(path: Path) -> Iterator[BinaryIO]:
+    """Binary file that appears as `path` only when the block ends well and all bytes are on disk."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        raise Failed(f"cannot write {shown(path)}: {error.strerror}; the previous file is untouched") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write one JSON document atomically."""
+    with atomic(path) as file:
+        file.write(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False).encode("utf-8") + b"\n")
+
+
+class Appender:
+    """Append-only JSONL of a resumable stage: each row is complete on disk or not there.
+
+    Opening mends the torn last line a kill may have left. A row is flushed to the kernel when it
+    is added (safe against a killed process) and synced on `close` (safe against a lost machine).
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = path.open("a+b", buffering=0)
+        end = self._file.seek(0, os.SEEK_END)
+        self.size = self._end_of_last_line(end)
+        if self.size != end:
+            self._file.truncate(self.size)
+
+    def _end_of_last_line(self, end: int) -> int:
+        position = end
+        while position > 0:
+            start = max(0, position - 65536)
+            self._file.seek(start)
+            found = self._file.read(position - start).rfind(b"\n")
+            if found >= 0:
+                return start + found + 1
+            position = start
+        return 0
+
+    def add(self, row: Row) -> None:
+        """Append one row. On a full disk the file is cut back to its last complete row."""
+        line = dumps(row)
+        try:
+            written = self._file.write(line)
+            if written != len(line):
+                raise OSError(28, os.strerror(28))
+        except OSError as error:
+            self._file.truncate(self.size)
+            raise Failed(f"cannot write {shown(self.path)}: {error.strerror}; rerun to resume") from error
+        self.size += len(line)
+
+    def close(self) -> None:
+        os.fsync(self._file.fileno())
+        self._file.close()
+
+    def __enter__(self) -> Appender:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+@contextmanager
+def lock(path: Path) -> Iterator[None]:
+    """One writer per output. The kernel drops the lock with its owner, so a dead owner blocks nobody."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.with_name(f".{path.name}.lock").open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise BadInput(f"{shown(path)} is being written by process {file.read().strip()}; wait for it or stop it") from None
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
+        yield

