@@ -20,8 +20,8 @@ from typing import Any
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
-from syntriever import beir, jsonl, llm, paths, stage
-from syntriever.errors import BadInput, Failed
+from syntriever import beir, jsonl, llm, paths, stage, teachers
+from syntriever.errors import BadInput
 
 # ---------------------------------------------------------------- edit here: prompts and sampling
 
@@ -65,7 +65,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--max-tokens", type=int, default=GENERATION_MAX_TOKENS, help="tokens per reply (default: %(default)s)")
     parser.add_argument("--strict", action="store_true", help="refuse judgements of ids that the dataset lacks")
     parser.add_argument("--force", action="store_true", help="start anew where the output was made with other settings")
-    llm.add_options(parser)
+    teachers.add_options(parser)
     return parser.parse_args(argv)
 
 
@@ -86,24 +86,14 @@ def load_prompts(path: Path | None) -> dict[str, str]:
     return prompts
 
 
-def fill(prompt: str, **texts: str) -> str:
-    """Prompt with its fields filled in one pass: braces inside the texts stay as they are."""
-    parts = prompt.split("{")
-    filled = parts[0]
-    for part in parts[1:]:
-        name, brace, rest = part.partition("}")
-        filled += texts[name] + rest if brace and name in texts else "{" + part
-    return filled
-
-
 async def synthesize(asker: llm.Asker, query: str, prompts: dict[str, str], max_tokens: int) -> dict[str, Any]:
     """The synthetic fields of one row, or {"step", "reason", "attempts"} of the reply that failed."""
     requests = [
-        llm.Request(step, (query,), fill(prompts[step], query=query), GENERATION_TEMPERATURE, max_tokens) for step in GENERATED
+        llm.Request(step, (query,), llm.fill(prompts[step], query=query), GENERATION_TEMPERATURE, max_tokens) for step in GENERATED
     ]
     replies = dict(zip(GENERATED, await asyncio.gather(*map(asker.ask, requests)), strict=True))
     if not any(reply.reason for reply in replies.values()):
-        prompt = fill(prompts["verify"], query=query, positive=replies["positive"].text)
+        prompt = llm.fill(prompts["verify"], query=query, positive=replies["positive"].text)
         verify = llm.Request("verify", (query,), prompt, VERDICT_TEMPERATURE, VERDICT_MAX_TOKENS, ("yes", "no"))
         replies["verify"] = await asker.ask_verdict(verify)
     for step, reply in replies.items():
@@ -118,25 +108,8 @@ async def synthesize(asker: llm.Asker, query: str, prompts: dict[str, str], max_
     }
 
 
-def done_already(output: Path, settings: dict[str, str], force: bool) -> set[str]:
-    """Query ids that `output` holds. Rows made with other settings are refused, or set aside by `force`."""
-    if not output.is_file():
-        return set()
-    done = set()
-    for number, _, row in jsonl.read_with_offsets(output, {"query_id": str, "verified": bool, **dict.fromkeys(GENERATED, str)}):
-        if changed := [f"{name} was {row.get(name)!r} and is now {now!r}" for name, now in settings.items() if row.get(name) != now]:
-            where = f"{paths.shown(output)}:{number} was made with other settings: {', '.join(changed)}"
-            if not force:
-                raise BadInput(f"{where}.\nPass --force to start anew (the old file is kept as .old)")
-            output.rename(output.with_name(output.name + ".old"))
-            stage.say(f"note: {where}; it is kept as {output.name}.old")
-            return set()
-        done.add(row["query_id"])
-    return done
-
-
 def main(args: argparse.Namespace) -> None:
-    llm.check_options(args)
+    teachers.check_options(args)
     if args.limit is not None and args.limit < 1:
         raise BadInput("--limit must be at least 1")
     prompts = load_prompts(args.prompts)
@@ -144,74 +117,35 @@ def main(args: argparse.Namespace) -> None:
     wanted = [query_id for query_id, judged in qrels.items() if max(judged.values()) >= 1]
     random.Random(args.seed).shuffle(wanted)
     wanted = wanted[: args.limit]
-    args.llm = llm.default_llm(args.dataset, args.llm)
-    teacher = llm.make_teacher(args.llm, args.dataset, args)
+    args.llm = teachers.default_llm(args.dataset, args.llm)
+    teacher = teachers.make_teacher(args.llm, args.dataset, args)
     output = paths.synthetic(args.dataset)
-    settings = {"llm": args.llm, "prompts": stage.text_sha256(prompts)[:12]}
+    # Recorded answers do not depend on the prompts in this script.
+    settings = {"llm": args.llm, "prompts": stage.text_sha256(prompts)[:12], "max_tokens": args.max_tokens} if teacher.live else {"llm": args.llm}
+
+    async def work(asker: llm.Asker, query_id: str) -> jsonl.Row:
+        row = await synthesize(asker, queries[query_id], prompts, args.max_tokens)
+        return {"query_id": query_id, "query": queries[query_id], **row, "llm": args.llm}
 
     with jsonl.lock(output):
         record = stage.Record(args)
         record.reads(paths.queries(args.dataset), paths.qrels(args.dataset, "train"))
-        done = done_already(output, settings, args.force)
+        done = set()
+        if record.resumes(output, settings, args.force):
+            done = {row["query_id"] for row in jsonl.read(output, {"query_id": str, "verified": bool})}
         pending = [query_id for query_id in wanted if query_id not in done]
         stage.say(f"read   {len(wanted)} training queries of {args.dataset}: {len(wanted) - len(pending)} done, {len(pending)} to ask")
         if teacher.live and pending:
             stage.say(f"       up to {4 * len(pending):,} requests to {args.llm}, less what the ledger holds")
-        counts = write_rows(args, teacher, output, settings, prompts, queries, pending)
+        counts = llm.append_rows(output, pending, work, teacher, args, unit="query")
+        rejected = sum(not row["verified"] for row in jsonl.read(output, {"verified": bool}))
         record.write(output, **counts)
-    report(args, output, counts, len(pending))
-
-
-def write_rows(
-    args: argparse.Namespace,
-    teacher: llm.Teacher,
-    output: Path,
-    settings: dict[str, str],
-    prompts: dict[str, str],
-    queries: dict[str, str],
-    pending: list[str],
-) -> dict[str, int]:
-    """Ask for every pending query and append its row as soon as it is complete."""
-    from tqdm import tqdm
-
-    counts = {"written": 0, "verified": 0, "failed": 0, "not_recorded": 0}
-    ledger = llm.Ledger(paths.ledger(output), args.retry_failed) if teacher.live else None
-    asker = llm.Asker(teacher, ledger, args.max_requests)
-    paths.failed(output).unlink(missing_ok=True)
-    with jsonl.Appender(output) as rows, jsonl.Appender(paths.failed(output)) as failures, tqdm(total=len(pending), unit="query") as bar:
-
-        async def work(query_id: str) -> None:
-            row = await synthesize(asker, queries[query_id], prompts, args.max_tokens)
-            if "reason" not in row:
-                rows.add({"query_id": query_id, "query": queries[query_id], **row, **settings})
-                counts["written"] += 1
-                counts["verified"] += row["verified"]
-            elif row["reason"] == "not_recorded":
-                counts["not_recorded"] += 1
-            else:
-                failures.add({"query_id": query_id, **row})
-                counts["failed"] += 1
-            bar.update()
-
-        try:
-            llm.work_through(pending, work, teacher.concurrency)
-        finally:
-            if ledger:
-                ledger.close()
-    stage.say(f"asked  {asker.summary()}")
-    return counts
-
-
-def report(args: argparse.Namespace, output: Path, counts: dict[str, int], asked: int) -> None:
-    written, rejected = counts["written"], counts["written"] - counts["verified"]
-    stage.say(f"wrote  {paths.shown(output)}: {written} new rows, {rejected} of them with a positive that the LLM itself rejected")
+    total = len(done) + counts["written"]
+    stage.say(f"wrote  {paths.shown(output)}: {counts['written']} new rows of {total}; {rejected} positives were rejected by the LLM itself")
     if counts["not_recorded"]:
         stage.say(f"       {counts['not_recorded']} queries have no recorded answer; stage 1 trains them on their gold passage alone")
-    if counts["failed"]:
-        stage.say(f"       {counts['failed']} rows failed, see {paths.shown(paths.failed(output))}; run again to retry what never arrived")
-    if asked and counts["failed"] / asked > args.max_failure_rate:
-        raise Failed(f"{counts['failed']} of {asked} rows failed, more than --max-failure-rate {args.max_failure_rate}")
-    stage.next_command(f"python train_stage1.py e5 {args.dataset}")
+    llm.check_failures(counts, output, args.max_failure_rate)
+    stage.next_command(f"python train_stage1.py {'minilm' if args.dataset == 'pydocs' else 'e5'} {args.dataset}")
 
 
 if __name__ == "__main__":

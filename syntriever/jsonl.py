@@ -93,6 +93,34 @@ def write_json(path: Path, value: Any) -> None:
         file.write(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False).encode("utf-8") + b"\n")
 
 
+class Table:
+    """Rows of a JSONL file by the value of one field, read from disk as they are asked for.
+
+    Memory is the keys and an offset each. Raises `BadInput` with `file:line` on a malformed row or
+    a key that occurs twice.
+    """
+
+    def __init__(self, path: Path, key: str, fields: dict[str, type | tuple[type, ...]]) -> None:
+        self.path, self.fields = path, {key: str, **fields}
+        self._offsets: dict[str, tuple[int, int]] = {}
+        for number, offset, row in read_with_offsets(path, self.fields):
+            if row[key] in self._offsets:
+                raise BadInput(f"{shown(path)}:{number}: {key} {row[key]!r} was already on line {self._offsets[row[key]][0]}")
+            self._offsets[row[key]] = number, offset
+        self._file = path.open("rb")
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._offsets
+
+    def __len__(self) -> int:
+        return len(self._offsets)
+
+    def __getitem__(self, key: str) -> Row:
+        number, offset = self._offsets[key]
+        self._file.seek(offset)
+        return parse(self._file.readline(), self.path, number, self.fields)
+
+
 class Appender:
     """Append-only JSONL of a resumable stage: each row is complete on disk or not there.
 

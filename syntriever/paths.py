@@ -58,6 +58,11 @@ def model_output(name: str) -> Path:
     return home() / "output" / check_name(name, "model")
 
 
+def embeddings(model_folder: str, ds: str) -> Path:
+    """Corpus embeddings of `ds` by the model that `output/<model_folder>/` holds or stands for."""
+    return model_output(model_folder) / "embeddings" / check_name(ds)
+
+
 def top(model: str, ds: str, k: int = 100) -> Path:
     return home() / "stage2" / f"{check_name(model, 'model')}_{check_name(ds)}_top{k}.jsonl"
 
@@ -81,7 +86,9 @@ def ledger(path: Path) -> Path:
 
 
 def run_json(path: Path) -> Path:
-    """Record of how `path` was made: inside a folder, beside a file."""
+    """Record of how `path` was made: beside a file, inside a folder (also for the weights in it)."""
+    if path.suffix == ".safetensors":
+        path = path.parent
     return path / "run.json" if path.is_dir() else path.with_name(path.name + ".run.json")
 
 

