@@ -24,7 +24,10 @@ MEASURES = ("nDCG", "MAP", "Recall", "P", "MRR")
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "names", nargs="+", metavar="name", help=f"models (X-sft, X-final, {', '.join(models.ALIASES)}, bm25, Hub id, folder) and datasets"
+        "names",
+        nargs="+",
+        metavar="name",
+        help=f"models (X-sft, X-final, {', '.join(models.ALIASES)}, bm25, Hub id, folder) and datasets",
     )
     parser.add_argument("--split", default="test", help="which judgements (default: %(default)s)")
     parser.add_argument("--ks", default="1,3,5,10,100", help="cut-offs of the measures (default: %(default)s)")
@@ -123,7 +126,7 @@ def evaluate(
         hits = {query: [(p, s) for p, s in found if p != query][: max(ks)] for query, found in hits.items()}
     measures = metrics.evaluate(qrels, {query: dict(found) for query, found in hits.items()}, ks)
     means = {name: metrics.mean(values) for name, values in measures.items()}
-    shown = args.trained_on and models.is_own(model) and f"{model}-{args.trained_on}" or (ref.name if ref else model)
+    shown = (args.trained_on and models.is_own(model) and f"{model}-{args.trained_on}") or (ref.name if ref else model)
     without = sum(not hits.get(query) for query in qrels)
     result: dict[str, Any] = {
         "model": shown,

@@ -20,7 +20,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("model", help=f"X-sft, X-final, {', '.join(models.ALIASES)}, a Hub id or a folder")
     parser.add_argument("dataset", help="BEIR name, pydocs, or a folder datasets/<dataset>/")
     parser.add_argument("--top-k", type=int, default=100, help="passages per query (default: %(default)s)")
-    parser.add_argument("--index", help="FAISS index-factory string for large corpora, e.g. IVF4096,SQfp16 (default: exact search)")
+    parser.add_argument(
+        "--index", help="FAISS index-factory string for large corpora, e.g. IVF4096,SQfp16 (default: exact search)"
+    )
     parser.add_argument("--max-length", type=int, help="tokens kept of each text (default: the model's own)")
     parser.add_argument("--batch-size", type=int, default=32, help="texts per forward pass (default: %(default)s)")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, mps (default: the best there is)")
@@ -48,7 +50,9 @@ def main(args: argparse.Namespace) -> None:
         from syntriever import search
 
         model = models.load(ref, args.device, args.max_length)
-        hits = search.top_k(model, corpus, ref.embeddings(args.dataset), queries, args.top_k, args.index, args.seed, args.batch_size)
+        hits = search.top_k(
+            model, corpus, ref.embeddings(args.dataset), queries, args.top_k, args.index, args.seed, args.batch_size
+        )
         with jsonl.atomic(output) as file:
             for query, found in hits.items():
                 passages = [{"id": passage, "score": round(score, 6)} for passage, score in found]

@@ -166,7 +166,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="snn: the paper's; infonce: gold passages only; cluster: all views drawn to the gold passage; "
         "authors: what the authors' code computes (default: %(default)s)",
     )
-    parser.add_argument("--view-weight", type=float, default=0.3, help="weight of query to view in --loss cluster (default: %(default)s)")
+    parser.add_argument(
+        "--view-weight", type=float, default=0.3, help="weight of query to view in --loss cluster (default: %(default)s)"
+    )
     parser.add_argument("--no-cot", action="store_true", help="ablation: leave out the chains of thought")
     parser.add_argument("--no-synthetic", action="store_true", help="ablation: leave out all synthetic text")
     parser.add_argument("--no-relabel", action="store_true", help="ablation: trust every positive, verified or not")
@@ -208,7 +210,7 @@ def training_rows(qrels: beir.Qrels, corpus: beir.Corpus) -> list[tuple[str, int
 
 def synthetic_texts(row: jsonl.Row | None, args: argparse.Namespace) -> tuple[list[str | None], int]:
     """([positive, cot, negative] with None where absent or left out, verified as 0 or 1) of a query."""
-    if row is None or args.no_synthetic or args.loss == "infonce":
+    if row is None:
         return [None, None, None], 0
     return [row["positive"], None if args.no_cot else row["cot"], row["negative"]], int(row["verified"] or args.no_relabel)
 
@@ -221,17 +223,23 @@ def main(args: argparse.Namespace) -> None:
     source = paths.synthetic(args.dataset)
     used = not (args.no_synthetic or args.loss == "infonce")
     if used and not source.is_file():
-        raise BadInput(f"{paths.shown(source)} is not there. Run: python datasets/parse_synthetic.py {args.dataset}   (or --no-synthetic)")
+        raise BadInput(
+            f"{paths.shown(source)} is not there. Run: python datasets/parse_synthetic.py {args.dataset}   (or --no-synthetic)"
+        )
     corpus = beir.Corpus(args.dataset)
     queries, qrels = beir.load_split(args.dataset, "train", corpus, args.strict)
     rows = training_rows(qrels, corpus)
     if not rows:
         raise BadInput(f"{paths.shown(paths.qrels(args.dataset, 'train'))}: no judgement of at least 1 to train on")
-    synthetic = jsonl.Table(source, "query_id", SYNTHETIC) if used else {}
-    record.reads(paths.corpus(args.dataset), paths.queries(args.dataset), paths.qrels(args.dataset, "train"), *([source] if used else []))
+    synthetic = jsonl.Table(source, "query_id", SYNTHETIC) if used else None
+    record.reads(
+        paths.corpus(args.dataset), paths.queries(args.dataset), paths.qrels(args.dataset, "train"), *([source] if used else [])
+    )
     stage.check_fresh([source] if used else [], args.force)
-    complete = sum(query in synthetic for query, _ in rows)
-    stage.say(f"read   {len(rows)} training rows of {args.dataset}: {complete} with synthetic texts, {len(rows) - complete} with their gold passage only")
+    complete = sum(query in synthetic for query, _ in rows) if synthetic else 0
+    stage.say(
+        f"read   {len(rows)} training rows of {args.dataset}, {complete} of them with synthetic texts beside the gold passage"
+    )
 
     output = paths.model_output(f"{ref.name}-sft-{args.dataset}")
     with jsonl.lock(output):
@@ -242,7 +250,7 @@ def main(args: argparse.Namespace) -> None:
 
         def sample(number: int) -> Sample:
             query, position = rows[number]
-            texts, verified = synthetic_texts(synthetic[query] if query in synthetic else None, args)
+            texts, verified = synthetic_texts(synthetic.get(query) if synthetic else None, args)
             passages = [(prefix_passage, text) if text is not None else None for text in (corpus.text(position), *texts)]
             return [(prefix_query, queries[query]), *passages], [verified]
 

@@ -91,8 +91,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="a stage-1 checkpoint of this project, e.g. e5-sft")
     parser.add_argument("dataset", help="BEIR name, pydocs, or a folder datasets/<dataset>/")
-    parser.add_argument("--loss", choices=tuple(LOSSES), default="partial-plackett-luce", help="preference loss (default: %(default)s)")
-    parser.add_argument("--beta", type=float, default=0.1, help="weight of the KL to stage 1; 0 switches it off (default: %(default)s)")
+    parser.add_argument(
+        "--loss", choices=tuple(LOSSES), default="partial-plackett-luce", help="preference loss (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--beta", type=float, default=0.1, help="weight of the KL to stage 1; 0 switches it off (default: %(default)s)"
+    )
     stage.add_training_options(parser, epochs=1, batch_size=100, lr=2e-5)
     return parser.parse_args(argv)
 
@@ -139,7 +143,9 @@ def main(args: argparse.Namespace) -> None:
     beir.ensure(args.dataset)
     source = paths.preferences(ref.name, args.dataset)
     if not source.is_file():
-        raise BadInput(f"{paths.shown(source)} is not there. Run: python stage2/parse_comparison.py {args.dataset} --model {ref.name}")
+        raise BadInput(
+            f"{paths.shown(source)} is not there. Run: python stage2/parse_comparison.py {args.dataset} --model {ref.name}"
+        )
     corpus = beir.Corpus(args.dataset)
     queries, _ = beir.load_split(args.dataset, "train", corpus, args.strict)
     pairs = load_pairs(args.dataset, source, queries, corpus)
@@ -148,7 +154,9 @@ def main(args: argparse.Namespace) -> None:
     record.reads(corpus.path, paths.queries(args.dataset), paths.qrels(args.dataset, "train"), source, *ref.weights)
     query_ids = list(dict.fromkeys(query for query, _, _ in pairs))
     positions = list(dict.fromkeys(position for _, *both in pairs for position in both))
-    stage.say(f"read   {len(pairs):,} preferences for {len(query_ids):,} queries, over {len(positions):,} passages of {args.dataset}")
+    stage.say(
+        f"read   {len(pairs):,} preferences for {len(query_ids):,} queries, over {len(positions):,} passages of {args.dataset}"
+    )
 
     output = paths.model_output(f"{ref.name.removesuffix('-sft')}-final-{args.dataset}")
     with jsonl.lock(output):

@@ -100,7 +100,9 @@ def main(args: argparse.Namespace) -> None:
             shutil.rmtree(target)
         new.rename(target)
     total = ", ".join(f"{n} {split}" for split, n in counts.items())
-    stage.say(f"wrote  {paths.shown(target)}: {sum(counts.values())} query-passage pairs ({total}), Python {sys.version.split()[0]}")
+    stage.say(
+        f"wrote  {paths.shown(target)}: {sum(counts.values())} query-passage pairs ({total}), Python {sys.version.split()[0]}"
+    )
     stage.next_command("python datasets/parse_synthetic.py pydocs")
 
 

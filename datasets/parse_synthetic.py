@@ -89,7 +89,8 @@ def load_prompts(path: Path | None) -> dict[str, str]:
 async def synthesize(asker: llm.Asker, query: str, prompts: dict[str, str], max_tokens: int) -> dict[str, Any]:
     """The synthetic fields of one row, or {"step", "reason", "attempts"} of the reply that failed."""
     requests = [
-        llm.Request(step, (query,), llm.fill(prompts[step], query=query), GENERATION_TEMPERATURE, max_tokens) for step in GENERATED
+        llm.Request(step, (query,), llm.fill(prompts[step], query=query), GENERATION_TEMPERATURE, max_tokens)
+        for step in GENERATED
     ]
     replies = dict(zip(GENERATED, await asyncio.gather(*map(asker.ask, requests)), strict=True))
     if not any(reply.reason for reply in replies.values()):
@@ -121,7 +122,11 @@ def main(args: argparse.Namespace) -> None:
     teacher = teachers.make_teacher(args.llm, args.dataset, args)
     output = paths.synthetic(args.dataset)
     # Recorded answers do not depend on the prompts in this script.
-    settings = {"llm": args.llm, "prompts": stage.text_sha256(prompts)[:12], "max_tokens": args.max_tokens} if teacher.live else {"llm": args.llm}
+    settings = (
+        {"llm": args.llm, "prompts": stage.text_sha256(prompts)[:12], "max_tokens": args.max_tokens}
+        if teacher.live
+        else {"llm": args.llm}
+    )
 
     async def work(asker: llm.Asker, query_id: str) -> jsonl.Row:
         row = await synthesize(asker, queries[query_id], prompts, args.max_tokens)
@@ -134,16 +139,22 @@ def main(args: argparse.Namespace) -> None:
         if record.resumes(output, settings, args.force):
             done = {row["query_id"] for row in jsonl.read(output, {"query_id": str, "verified": bool})}
         pending = [query_id for query_id in wanted if query_id not in done]
-        stage.say(f"read   {len(wanted)} training queries of {args.dataset}: {len(wanted) - len(pending)} done, {len(pending)} to ask")
+        stage.say(
+            f"read   {len(wanted)} training queries of {args.dataset}: {len(wanted) - len(pending)} done, {len(pending)} to ask"
+        )
         if teacher.live and pending:
             stage.say(f"       up to {4 * len(pending):,} requests to {args.llm}, less what the ledger holds")
         counts = llm.append_rows(output, pending, work, teacher, args, unit="query")
         rejected = sum(not row["verified"] for row in jsonl.read(output, {"verified": bool}))
         record.write(output, **counts)
     total = len(done) + counts["written"]
-    stage.say(f"wrote  {paths.shown(output)}: {counts['written']} new rows of {total}; {rejected} positives were rejected by the LLM itself")
+    stage.say(
+        f"wrote  {paths.shown(output)}: {counts['written']} new rows of {total}; {rejected} positives rejected by the LLM itself"
+    )
     if counts["not_recorded"]:
-        stage.say(f"       {counts['not_recorded']} queries have no recorded answer; stage 1 trains them on their gold passage alone")
+        stage.say(
+            f"       {counts['not_recorded']} queries have no recorded answer; stage 1 trains them on their gold passage alone"
+        )
     llm.check_failures(counts, output, args.max_failure_rate)
     stage.next_command(f"python train_stage1.py {'minilm' if args.dataset == 'pydocs' else 'e5'} {args.dataset}")
 

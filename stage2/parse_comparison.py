@@ -57,12 +57,18 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("dataset", help="BEIR name, pydocs, or a folder datasets/<dataset>/")
     parser.add_argument("--model", default="e5-sft", help="whose top passages are compared (default: %(default)s)")
-    parser.add_argument("--top-k", type=int, default=100, help="which retrieval file: the K it was made with (default: %(default)s)")
+    parser.add_argument(
+        "--top-k", type=int, default=100, help="which retrieval file: the K it was made with (default: %(default)s)"
+    )
     parser.add_argument("--k", type=int, default=5, help="compare the top K passages of each query (default: %(default)s)")
-    parser.add_argument("--pairs", type=int, default=10, help="pairs per query, at random when K gives more (default: %(default)s)")
+    parser.add_argument(
+        "--pairs", type=int, default=10, help="pairs per query, at random when K gives more (default: %(default)s)"
+    )
     parser.add_argument("--both-orders", action="store_true", help="ask each pair in both orders and keep agreeing verdicts only")
     parser.add_argument("--limit", type=int, help="only the first N queries of a seeded shuffle (default: all)")
-    parser.add_argument("--force", action="store_true", help="go on where an input is stale or the output was made with other settings")
+    parser.add_argument(
+        "--force", action="store_true", help="go on where an input is stale or the output was made with other settings"
+    )
     teachers.add_options(parser)
     return parser.parse_args(argv)
 
@@ -146,14 +152,19 @@ def main(args: argparse.Namespace) -> None:
             rows = jsonl.read(output, {"query_id": str, "shown": list})
             done = {Pair(row["query_id"], *row["shown"]) for row in rows}
         pending = [pair for pair in chosen if pair not in done]
-        stage.say(f"read   top {args.k} of {len(top)} queries: {len(chosen)} pairs, {len(chosen) - len(pending)} done, {len(pending)} to ask")
+        done_already = len(chosen) - len(pending)
+        stage.say(f"read   top {args.k} of {len(top)} queries: {len(chosen)} pairs, {done_already} done, {len(pending)} to ask")
         if teacher.live and pending:
             requests = len(pending) * (2 if args.both_orders else 1)
             stage.say(f"       up to {requests:,} requests to {args.llm}, less what the ledger holds")
         counts = llm.append_rows(output, pending, work, teacher, args, unit="pair")
         record.write(output, **counts)
     stage.say(f"wrote  {paths.shown(output)}: {counts['written']} new preferences of {len(done) + counts['written']}")
-    kept_apart = [f"{counts[reason]} {word}" for reason, word in (("tie", "ties"), ("disagreement", "that depend on the order")) if counts[reason]]
+    kept_apart = [
+        f"{counts[reason]} {word}"
+        for reason, word in (("tie", "ties"), ("disagreement", "that depend on the order"))
+        if counts[reason]
+    ]
     if kept_apart:
         stage.say(f"       {' and '.join(kept_apart)}, kept apart in {paths.shown(paths.failed(output))}")
     if counts["not_recorded"]:

@@ -115,7 +115,10 @@ class Table:
     def __len__(self) -> int:
         return len(self._offsets)
 
-    def __getitem__(self, key: str) -> Row:
+    def get(self, key: str) -> Row | None:
+        """The row of `key`, or None."""
+        if key not in self._offsets:
+            return None
         number, offset = self._offsets[key]
         self._file.seek(offset)
         return parse(self._file.readline(), self.path, number, self.fields)

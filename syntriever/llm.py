@@ -61,6 +61,8 @@ class Teacher(Protocol):
 
     async def answer(self, request: Request) -> Reply: ...
 
+    async def close(self) -> None: ...
+
 
 class Ledger:
     """Append-only file of every reply received, addressed by content. Memory is 100 bytes a reply."""
@@ -154,8 +156,9 @@ def fill(prompt: str, **texts: str) -> str:
     return re.sub(r"\{(\w+)\}", lambda field: texts.get(field[1], field[0]), prompt)
 
 
-def work_through(items: Iterable[T], work: Callable[[T], Awaitable[None]], workers: int) -> None:
-    """Run `work` on every item, `workers` at a time. The first error stops all and is raised."""
+def work_through(items: Iterable[T], work: Callable[[T], Awaitable[None]], teacher: Teacher) -> None:
+    """Run `work` on every item, as many at a time as the teacher takes. The first error stops all
+    and is raised."""
     iterator = iter(items)
 
     async def worker() -> None:
@@ -163,9 +166,12 @@ def work_through(items: Iterable[T], work: Callable[[T], Awaitable[None]], worke
             await work(item)
 
     async def all_workers() -> None:
-        async with asyncio.TaskGroup() as group:
-            for _ in range(workers):
-                group.create_task(worker())
+        try:
+            async with asyncio.TaskGroup() as group:
+                for _ in range(teacher.concurrency):
+                    group.create_task(worker())
+        finally:
+            await teacher.close()
 
     try:
         asyncio.run(all_workers())
@@ -199,7 +205,11 @@ def append_rows(
     asker = Asker(teacher, Ledger(paths.ledger(output), args.retry_failed) if teacher.live else None, args.max_requests)
     # What failed before is tried again, or comes from the ledger: its old rows would be repeated.
     paths.failed(output).unlink(missing_ok=True)
-    with jsonl.Appender(output) as rows, jsonl.Appender(paths.failed(output)) as failures, tqdm(total=len(items), unit=unit) as bar:
+    with (
+        jsonl.Appender(output) as rows,
+        jsonl.Appender(paths.failed(output)) as failures,
+        tqdm(total=len(items), unit=unit) as bar,
+    ):
 
         async def work_and_write(item: T) -> None:
             row = await work(asker, item)
@@ -211,10 +221,12 @@ def append_rows(
             bar.update()
 
         try:
-            work_through(items, work_and_write, teacher.concurrency)
+            work_through(items, work_and_write, teacher)
         finally:
             if asker.ledger:
                 asker.ledger.close()
+    if not failures.size:
+        failures.path.unlink()
     stage.say(f"asked  {asker.summary()}")
     return counts
 
@@ -225,6 +237,8 @@ def check_failures(counts: Counter[str], output: Path, limit: float) -> None:
     total = sum(failed.values())
     if total:
         named = ", ".join(f"{number} {reason}" for reason, number in failed.items())
-        stage.say(f"       {total} failed ({named}), see {paths.shown(paths.failed(output))}; run again to ask what never arrived")
+        stage.say(
+            f"       {total} failed ({named}), see {paths.shown(paths.failed(output))}; run again to ask what never arrived"
+        )
     if total > limit * counts.total():
         raise Failed(f"{total} of {counts.total()} rows failed, more than --max-failure-rate {limit:g}")

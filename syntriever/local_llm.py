@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import importlib.util
-import os
 import threading
 from pathlib import Path
 from typing import Any
@@ -58,6 +57,9 @@ class LocalTeacher:
             self._task.add_done_callback(self._ended)
         return await future
 
+    async def close(self) -> None:
+        self._stop.set()
+
     def _ended(self, task: asyncio.Task[None]) -> None:
         """Hand an error of the batch loop to everybody who waits for it."""
         error = None if task.cancelled() else task.exception()
@@ -92,7 +94,6 @@ class LocalTeacher:
         from transformers.utils import logging
 
         logging.disable_progress_bar()
-        os.environ.setdefault("TQDM_DISABLE", "")
         folder, gguf = self._where
         extra = {"gguf_file": gguf} if gguf else {}
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -100,12 +101,15 @@ class LocalTeacher:
         self._tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left", **extra)
         if self._tokenizer.pad_token is None:
             self._tokenizer.pad_token = self._tokenizer.eos_token
-        self._lm = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **extra).to(device).eval()
+        lm: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **extra)
+        self._lm = lm.to(device).eval()
         torch.manual_seed(self._seed)
 
     def _encode(self, requests: list[Request]) -> Any:
         prompts = [
-            self._tokenizer.apply_chat_template([{"role": "user", "content": r.prompt}], tokenize=False, add_generation_prompt=True)
+            self._tokenizer.apply_chat_template(
+                [{"role": "user", "content": r.prompt}], tokenize=False, add_generation_prompt=True
+            )
             for r in requests
         ]
         room = self._lm.config.max_position_embeddings - max(r.max_tokens for r in requests)
@@ -135,11 +139,13 @@ class LocalTeacher:
                 stopping_criteria=[interrupted],
             )
         replies = []
-        for request, prompt, tokens in zip(requests, encoded["attention_mask"].sum(1).tolist(), output[:, width:].tolist(), strict=True):
+        for request, prompt, tokens in zip(
+            requests, encoded["attention_mask"].sum(1).tolist(), output[:, width:].tolist(), strict=True
+        ):
             end = next((i for i, token in enumerate(tokens) if token == tokenizer.eos_token_id), None)
             complete = end is not None and end <= request.max_tokens
             kept = tokens[: end if complete else request.max_tokens]
-            text = tokenizer.decode(kept, skip_special_tokens=True).strip()
+            text = str(tokenizer.decode(kept, skip_special_tokens=True)).strip()
             reason = "length" if not complete else "" if text else "empty"
             replies.append(Reply(text, reason, "stop" if complete else "length", int(prompt), len(kept)))
         return replies
@@ -157,5 +163,7 @@ class LocalTeacher:
             for choice in request.choices:
                 firsts = {self._tokenizer.encode(form, add_special_tokens=False)[0] for form in (choice, choice.capitalize())}
                 scores[choice] = max(row[token].item() for token in firsts)
-            replies.append(Reply(max(scores, key=lambda c: scores[c]), finish_reason="stop", prompt_tokens=int(prompt), completion_tokens=1))
+            replies.append(
+                Reply(max(scores, key=lambda c: scores[c]), finish_reason="stop", prompt_tokens=int(prompt), completion_tokens=1)
+            )
         return replies

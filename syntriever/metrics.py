@@ -33,7 +33,8 @@ def evaluate(qrels: Qrels, run: Run, ks: tuple[int, ...] = KS) -> dict[str, dict
     ranked = {query: _trec_order(scores) for query, scores in judged.items()}
     for k in ks:
         measures[f"MRR@{k}"] = {
-            query: next((1 / rank for rank, p in enumerate(ranked[query][:k], 1) if qrels[query].get(p, 0) > 0), 0.0) for query in qrels
+            query: next((1 / rank for rank, p in enumerate(ranked[query][:k], 1) if qrels[query].get(p, 0) > 0), 0.0)
+            for query in qrels
         }
     return measures
 

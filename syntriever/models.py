@@ -8,7 +8,7 @@ import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from syntriever import jsonl, paths
 from syntriever.errors import BadInput
@@ -86,7 +86,9 @@ def resolve(model: str, ds: str, name: str | None = None) -> ModelRef:
         return ModelRef(paths.check_name(name or folder.name, "model"), str(folder), _prefixes_of(folder.name))
     if re.fullmatch(r"[\w.-]+/[\w.-]+", model):
         return ModelRef(paths.check_name(name or model.split("/")[1].lower(), "model"), model, _prefixes_of(model.split("/")[1]))
-    raise BadInput(f"unknown model {model!r}: not a folder, not a Hub id (owner/name), and not one of {', '.join(ALIASES)}, X-sft, X-final")
+    raise BadInput(
+        f"unknown model {model!r}: not a folder, not a Hub id (owner/name), and not one of {', '.join(ALIASES)}, X-sft, X-final"
+    )
 
 
 def _prefixes_of(name: str) -> tuple[str, str] | None:
@@ -105,6 +107,7 @@ def load(ref: ModelRef, device: str | None = None, max_length: int | None = None
     from transformers.utils import logging
 
     logging.disable_progress_bar()
+    model: Any
     try:
         model = SentenceTransformer(ref.where, device=device, trust_remote_code=False, model_kwargs={"use_safetensors": True})
     except (OSError, ValueError) as error:
@@ -122,21 +125,17 @@ def load(ref: ModelRef, device: str | None = None, max_length: int | None = None
     return model
 
 
-def fingerprint(model: SentenceTransformer) -> str:
+def fingerprint(model: Any) -> str:
     """Hash of everything that decides an embedding: weights, modules, prefixes, length."""
+    import torch
+
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(_BYTES()).numpy())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     settings = [[type(m).__name__ for m in model], model[1].get_config_dict(), model.prompts, model.max_seq_length]
     digest.update(json.dumps(settings, sort_keys=True).encode())
     return digest.hexdigest()
-
-
-def _BYTES():  # noqa: N802
-    import torch
-
-    return torch.uint8
 
 
 def save(model: SentenceTransformer, folder: Path, card: str) -> None:

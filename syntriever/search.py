@@ -10,7 +10,7 @@ import json
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -39,20 +39,21 @@ def encode(model: SentenceTransformer, texts: Sequence[str], kind: str, batch_si
 class Embeddings:
     """Embeddings of a corpus by one model: those on disk are reused, missing shards are encoded."""
 
-    def __init__(self, model: SentenceTransformer, corpus: Corpus, folder: Path, batch_size: int = 32) -> None:
+    def __init__(self, model: Any, corpus: Corpus, folder: Path, batch_size: int = 32) -> None:
         from tqdm import tqdm
 
         self.folder, self.count = folder, len(corpus)
         sidecar = folder / "embeddings.json"
+        dim = model.get_embedding_dimension()
         wanted = {
             "model": models.fingerprint(model),
             "corpus": stage.sha256(corpus.path),
             "count": len(corpus),
-            "dim": model.get_embedding_dimension(),
+            "dim": dim,
             "shard": SHARD,
             "dtype": "float32",
         }
-        if folder.is_dir() and not (sidecar.is_file() and json.loads(sidecar.read_bytes()) == wanted):
+        if folder.is_dir() and _load_sidecar(sidecar) != wanted:
             stage.say(f"note:  {paths.shown(folder)} is of another model or corpus; encoding anew")
             shutil.rmtree(folder)
         if not folder.is_dir():
@@ -65,14 +66,14 @@ class Embeddings:
         with tqdm(total=todo, unit="passage", desc="encode") as bar:
             for start in missing:
                 stop = min(start + SHARD, len(corpus))
-                shard = np.empty((stop - start, wanted["dim"]), np.float32)
+                shard = np.empty((stop - start, dim), np.float32)
                 for at in range(start, stop, WINDOW):
                     end = min(at + WINDOW, stop)
                     shard[at - start : end - start] = encode(model, list(corpus.texts(at, end)), "document", batch_size)
                     bar.update(end - at)
                 with jsonl.atomic(self._shard(start)) as file:
                     np.save(file, shard, allow_pickle=False)
-        stage.say(f"wrote  {paths.shown(folder)}: {len(corpus):,} embeddings of {wanted['dim']} dimensions")
+        stage.say(f"wrote  {paths.shown(folder)}: {len(corpus):,} embeddings of {dim} dimensions")
 
     def _shard(self, start: int) -> Path:
         return self.folder / f"{start:012d}.npy"
@@ -81,6 +82,13 @@ class Embeddings:
         """(position of the first row, (n, D) memory-mapped array) of every shard."""
         for start in range(0, self.count, SHARD):
             yield start, np.load(self._shard(start), mmap_mode="r", allow_pickle=False)
+
+
+def _load_sidecar(path: Path) -> Any:
+    try:
+        return json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return None  # none, or a torn one: whatever lies beside it is not to be trusted
 
 
 def exact(embeddings: Embeddings, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
@@ -118,7 +126,9 @@ def approximate(embeddings: Embeddings, queries: np.ndarray, k: int, factory: st
         try:
             index.train(np.concatenate(sample))
         except RuntimeError as error:
-            raise BadInput(f"--index {factory!r} cannot be trained on {embeddings.count:,} passages: {str(error).splitlines()[-1]}") from None
+            raise BadInput(
+                f"--index {factory!r} cannot be trained on {embeddings.count:,} passages: {str(error).splitlines()[-1]}"
+            ) from None
     for _, shard in embeddings.shards():
         index.add(np.ascontiguousarray(shard))
     scores, positions = index.search(queries, k)
@@ -130,9 +140,15 @@ def approximate(embeddings: Embeddings, queries: np.ndarray, k: int, factory: st
 
 
 def top_k(
-    model: SentenceTransformer, corpus: Corpus, folder: Path, queries: dict[str, str], k: int, factory: str | None = None, seed: int = 42,
+    model: SentenceTransformer,
+    corpus: Corpus,
+    folder: Path,
+    queries: dict[str, str],
+    k: int,
+    factory: str | None = None,
+    seed: int = 42,
     batch_size: int = 32,
-) -> dict[str, Hits]:  # fmt: skip
+) -> dict[str, Hits]:
     """{query id: [(passage id, score), ...] best first} over the whole corpus."""
     embeddings = Embeddings(model, corpus, folder, batch_size)
     vectors = encode(model, list(queries.values()), "query", batch_size)

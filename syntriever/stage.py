@@ -89,7 +89,9 @@ class Record:
             if was is None:
                 message = f"{paths.shown(output)} was not made by this script (no {paths.run_json(output).name} beside it)"
             else:
-                changed = [f"{name} was {was.get(name)!r} and is now {now!r}" for name, now in settings.items() if was.get(name) != now]
+                changed = [
+                    f"{name} was {was.get(name)!r} and is now {now!r}" for name, now in settings.items() if was.get(name) != now
+                ]
                 message = f"{paths.shown(output)} was made with other settings: {'; '.join(changed)}" if changed else ""
             if message and not force:
                 raise BadInput(f"{message}.\nPass --force to start anew (the old file is kept as {output.name}.old)")
@@ -190,10 +192,14 @@ def add_training_options(parser: argparse.ArgumentParser, *, epochs: float, batc
     group.add_argument("--epochs", type=float, default=epochs, help="passes over the rows (default: %(default)s)")
     group.add_argument("--batch-size", type=int, default=batch_size, help="rows per step (default: %(default)s)")
     group.add_argument("--lr", type=float, default=lr, help="peak learning rate of AdamW (default: %(default)s)")
-    group.add_argument("--warmup", type=float, default=0.1, help="share of the steps with rising learning rate (default: %(default)s)")
+    group.add_argument(
+        "--warmup", type=float, default=0.1, help="share of the steps with rising learning rate (default: %(default)s)"
+    )
     group.add_argument("--temperature", type=float, default=0.05, help="tau of the scores cos/tau (default: %(default)s)")
     group.add_argument("--max-length", type=int, help="tokens kept of each text in training (default: the model's own)")
-    group.add_argument("--dev-pool", type=int, default=20_000, help="passages drawn beside the judged ones for dev (default: %(default)s)")
+    group.add_argument(
+        "--dev-pool", type=int, default=20_000, help="passages drawn beside the judged ones for dev (default: %(default)s)"
+    )
     group.add_argument("--dev-queries", type=int, default=1_000, help="dev queries at most (default: %(default)s)")
     group.add_argument("--device", help="cpu, cuda, cuda:1, mps (default: the best there is)")
     group.add_argument("--seed", type=int, default=42, help="seed of order and dropout (default: %(default)s)")

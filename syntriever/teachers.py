@@ -48,6 +48,9 @@ class ReplayTeacher:
         text = ("yes" if row["verified"] else "no") if request.step == "verify" else row[request.step]
         return Reply(text, finish_reason="stop")
 
+    async def close(self) -> None:
+        pass
+
 
 class OpenAITeacher:
     """Any OpenAI-compatible server through the official client. The key comes from the environment.
@@ -86,6 +89,9 @@ class OpenAITeacher:
         async with self._slots:
             return await self._try_often(request)
 
+    async def close(self) -> None:
+        await self._client.close()
+
     async def _try_often(self, request: Request) -> Reply:
         import openai
 
@@ -108,7 +114,9 @@ class OpenAITeacher:
             except openai.BadRequestError as error:
                 if self._adapt(error):
                     continue
-                return Reply(reason="context_length" if error.code == "context_length_exceeded" else "bad_request", attempts=attempt)
+                return Reply(
+                    reason="context_length" if error.code == "context_length_exceeded" else "bad_request", attempts=attempt
+                )
             except openai.APITimeoutError:
                 reason = "timeout"
             except openai.APIStatusError as error:
@@ -220,7 +228,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--max-failure-rate", type=float, default=0.1, help="exit 1 when a larger share of rows failed (default: %(default)s)"
     )
-    group.add_argument("--local-batch-size", type=int, default=32, help="prompts per batch of a local model (default: %(default)s)")
+    group.add_argument(
+        "--local-batch-size", type=int, default=32, help="prompts per batch of a local model (default: %(default)s)"
+    )
     group.add_argument("--seed", type=int, default=42, help="seed of shuffles and sampling (default: %(default)s)")
 
 

@@ -55,7 +55,9 @@ class Collator:
         self.last_rows = [feature["row"] for feature in features]
         samples = [self.sample(row) for row in self.last_rows]
         unique = list(dict.fromkeys(text for texts, _ in samples for text in texts if text is not None))
-        tokens = self.tokenizer([prefix + text for prefix, text in unique], truncation=True, max_length=self.max_length)["input_ids"]
+        tokens = self.tokenizer([prefix + text for prefix, text in unique], truncation=True, max_length=self.max_length)[
+            "input_ids"
+        ]
         order = sorted(range(len(unique)), key=lambda i: len(tokens[i]))
         place: dict[tuple[str, str] | None, int] = {unique[i]: at for at, i in enumerate(order)}
         place[None] = -1
@@ -75,7 +77,9 @@ class UniqueQueryBatches(DefaultBatchSampler):
     needed: rows of one query are neighbours and so land in different batches.
     """
 
-    def __init__(self, dataset: Dataset, batch_size: int, drop_last: bool, *, query_ids: Sequence[str], seed: int = 0, **_: Any) -> None:
+    def __init__(
+        self, dataset: Dataset, batch_size: int, drop_last: bool, *, query_ids: Sequence[str], seed: int = 0, **_: Any
+    ) -> None:
         super().__init__(dataset, batch_size=batch_size, drop_last=drop_last, seed=seed)
         self.rows: dict[str, list[int]] = defaultdict(list)
         for row, query_id in enumerate(query_ids):
@@ -148,7 +152,8 @@ class Journal(TrainerCallback):
     def __init__(self, loss: EmbeddingLoss, log: Path, dev: DevScore | None) -> None:
         self.loss, self.dev, self.log = loss, dev, log
         self.rows: list[dict[str, Any]] = []
-        self.best, self.best_epoch, self.best_weights = -1.0, 0.0, None
+        self.best, self.best_epoch = -1.0, 0.0
+        self.best_weights: dict[str, Tensor] | None = None
         self.bar: Any = None
         self.started = time.monotonic()
 
@@ -200,7 +205,7 @@ def reference(output: Path) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def embed(model: SentenceTransformer, texts: Iterable[str], kind: str, max_length: int, path: Path) -> Tensor:
+def embed(model: Any, texts: Iterable[str], kind: str, max_length: int, path: Path) -> Tensor:
     """(N, D) unit embeddings at the length used in training, kept on disk and mapped into memory."""
     count, dim, longest = 0, model.get_embedding_dimension(), model.max_seq_length
     model.max_seq_length = max_length
@@ -235,7 +240,7 @@ class Trainer(SentenceTransformerTrainer):
 
 
 def train(
-    model: SentenceTransformer,
+    model: Any,
     function: LossFunction,
     sample: Callable[[int], Sample],
     query_ids: Sequence[str],
@@ -253,7 +258,7 @@ def train(
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)
     loss = EmbeddingLoss(model, function)
-    collator = Collator(model, sample, args.max_length or model.max_seq_length)
+    collator: Any = Collator(model, sample, args.max_length or model.max_seq_length)
     journal = Journal(loss, work / "log.jsonl", dev)
 
     def batches(dataset: Dataset, batch_size: int, drop_last: bool, **more: Any) -> UniqueQueryBatches:
@@ -288,15 +293,21 @@ def train(
         trainer.train()
     except FloatingPointError as error:
         bad = work.with_name(f"{output.name}.bad-batch.json")
-        bad.write_text(json.dumps({"step": trainer.state.global_step + 1, "query_ids": [query_ids[r] for r in collator.last_rows]}))
-        raise Failed(f"the loss is {error} at step {trainer.state.global_step + 1}; its queries are in {paths.shown(bad)}. Lower --lr") from None
+        bad.write_text(
+            json.dumps({"step": trainer.state.global_step + 1, "query_ids": [query_ids[r] for r in collator.last_rows]})
+        )
+        raise Failed(
+            f"the loss is {error} at step {trainer.state.global_step + 1}; its queries are in {paths.shown(bad)}. Lower --lr"
+        ) from None
     if journal.best_weights is not None:
         model.load_state_dict(journal.best_weights)
         stage.say(f"best   epoch {journal.best_epoch:g} with dev nDCG@10 {journal.best:.4f}")
     draw(journal.rows, work / "loss.png", title)
     models.save(model, work, card(title, args, journal))
     shutil.rmtree(work / "trainer", ignore_errors=True)
-    record.write(work, steps=trainer.state.global_step, best_epoch=journal.best_epoch, dev_ndcg_at_10=journal.best if dev else None)
+    record.write(
+        work, steps=trainer.state.global_step, best_epoch=journal.best_epoch, dev_ndcg_at_10=journal.best if dev else None
+    )
     old = output.with_name(f".{output.name}.old")
     shutil.rmtree(old, ignore_errors=True)
     if output.is_dir():
@@ -328,10 +339,15 @@ def draw(rows: list[dict[str, Any]], path: Path, title: str) -> None:
 
     steps = [row for row in rows if "loss" in row]
     dev = [row for row in rows if "dev_ndcg@10" in row]
-    parts = [name for name in (steps[-1] if steps else {}) if name not in ("step", "epoch", "seconds", "learning_rate", "grad_norm")]
+    parts = [
+        name for name in (steps[-1] if steps else {}) if name not in ("step", "epoch", "seconds", "learning_rate", "grad_norm")
+    ]
     figure, axes = plt.subplots(1, 3, figsize=(14, 4), constrained_layout=True)
     losses = [name for name in parts if not name.endswith(("accuracy", "share"))]
-    for axis, names, label in ((axes[0], losses, "loss and its parts"), (axes[1], [p for p in parts if p not in losses], "share of the batch")):
+    for axis, names, label in (
+        (axes[0], losses, "loss and its parts"),
+        (axes[1], [p for p in parts if p not in losses], "share of the batch"),
+    ):
         for name in names:
             axis.plot([row["epoch"] for row in steps], [row[name] for row in steps], label=name)
         axis.set(xlabel="epoch", title=label)

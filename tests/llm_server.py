@@ -44,7 +44,7 @@ SHAPES: dict[str, Body] = {
 ERRORS = {"429", "429-date", "429-ms", "insufficient_quota", "500", "context"}
 FAULTS = {*SHAPES, *ERRORS, "502-html", "bad-json", "cut-json", "timeout", "reset", "truncated", "slow"}
 BATCH_FAULTS = {*SHAPES, *ERRORS, "expired", "missing"}
-WORDS = "amber basin cedar delta ember fjord grove harbor island jetty kelp lagoon meadow north orchard prairie".split()
+WORDS = "amber basin cedar delta ember fjord grove harbor island jetty kelp lagoon meadow north orchard prairie".split()  # noqa: SIM905
 
 
 class Answer(NamedTuple):

@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+
 import train_stage1
 import train_stage2
 
@@ -134,7 +135,9 @@ def test_snn_golden_value_by_hand():
     """One row, tau 1: scores gold 1, positive 0, cot -1, negative 0; the positive is rejected."""
     query, passage = torch.tensor([[1.0, 0.0]]), torch.tensor([[2.0, 0.0]])
     positive, cot, negative = torch.tensor([[0.0, 3.0]]), torch.tensor([[-1.0, 0.0]]), torch.tensor([[0.0, -1.0]])
-    loss = train_stage1.soft_nearest_neighbor_loss(query, passage, positive, cot, negative, torch.tensor([False]), temperature=1.0)
+    loss = train_stage1.soft_nearest_neighbor_loss(
+        query, passage, positive, cot, negative, torch.tensor([False]), temperature=1.0
+    )
     e = math.e
     assert loss.item() == pytest.approx(math.log((e + 1 + 1 / e + 1) / (e + 1 / e)), rel=1e-5)
 
@@ -246,9 +249,7 @@ def test_partial_plackett_luce_pulls_the_preferred_most_and_pushes_strangers():
 
 def test_bradley_terry_equals_the_formula():
     query, preferred, rejected = random_batch(4)[:3]
-    expected = sum(
-        math.log1p(math.exp(score(q, rejected[i]) - score(q, preferred[i]))) for i, q in enumerate(query)
-    ) / 4
+    expected = sum(math.log1p(math.exp(score(q, rejected[i]) - score(q, preferred[i]))) for i, q in enumerate(query)) / 4
     assert train_stage2.bradley_terry_loss(query, preferred, rejected, TAU).item() == pytest.approx(expected, abs=1e-6)
 
 

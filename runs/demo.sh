@@ -1,0 +1,23 @@
+#!/usr/bin/env bash
+# The README's six commands on the embedded dataset. LLM=replay (default) | smollm2 | gpt-4o | ...
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+LLM="${LLM:-replay}"
+TEACHER=(--llm "$LLM" --force)
+# A live teacher is asked about a few queries only; set LIMIT to ask about more.
+if [ "$LLM" != replay ]; then TEACHER+=(--limit "${LIMIT:-24}"); fi
+# A model of 135M parameters fails often; the demo goes on with what it can do.
+if [ "$LLM" = smollm2 ]; then TEACHER+=(--max-failure-rate 1); fi
+# Settings for two CPU cores: short texts, small batches, a small sample of passages on dev.
+TRAINING=(--batch-size 32 --max-length 128 --dev-pool 300)
+
+step() { echo; echo "\$ $*"; "$@"; }
+
+step python datasets/build_pydocs.py
+step python datasets/parse_synthetic.py pydocs "${TEACHER[@]}"
+step python train_stage1.py minilm pydocs --epochs 2 "${TRAINING[@]}"
+step python retrieval.py minilm-sft pydocs
+step python stage2/parse_comparison.py pydocs --model minilm-sft --pairs 4 "${TEACHER[@]}"
+step python train_stage2.py minilm-sft pydocs "${TRAINING[@]}"
+step python evaluate.py bm25 minilm minilm-sft minilm-final pydocs
