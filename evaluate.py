@@ -75,24 +75,26 @@ def bm25_run(corpus: beir.Corpus, queries: dict[str, str], k: int) -> dict[str, 
 
 def main(args: argparse.Namespace) -> None:
     ks = parse_ks(args.ks)
-    refs = {}  # everything is found before anything is loaded
+    refs: dict[tuple[str, str], models.ModelRef] = {}
+    inputs = {}  # everything is found and checked before anything is loaded
     for ds in args.datasets:
         beir.ensure(ds)
         for model in args.models:
             if model != "bm25":
                 refs[model, ds] = models.resolve(model, args.trained_on or ds, args.name if len(args.models) == 1 else None)
                 stage.check_fresh(refs[model, ds].weights, args.force)
-    table: dict[str, dict[str, dict[str, dict[str, float]]]] = {}
+        beir.load_qrels(ds, args.split)
     for ds in args.datasets:
         corpus = beir.Corpus(ds)
         if max(ks) > len(corpus):
             raise BadInput(f"--ks {args.ks}: {paths.shown(corpus.path)} has only {len(corpus)} passages")
-        queries, qrels = beir.load_split(ds, args.split, corpus, args.strict)
+        inputs[ds] = corpus, *beir.load_split(ds, args.split, corpus, args.strict)
+    table: dict[str, dict[str, dict[str, dict[str, float]]]] = {}
+    for ds, (corpus, queries, qrels) in inputs.items():
         stage.say(f"read   {len(corpus):,} passages, {len(queries):,} {args.split} queries of {ds}")
         table[ds] = {}
         for model in args.models:
-            measures = evaluate(args, model, refs.get((model, ds)), ds, corpus, queries, qrels, ks, table[ds])
-            table[ds][model] = measures
+            table[ds][model] = evaluate(args, model, refs.get((model, ds)), ds, corpus, queries, qrels, ks, table[ds])
         print_table(ds, args.split, table[ds], ks, len(queries))
     if len(args.datasets) > 1:
         print_summary(table, ks)

@@ -114,7 +114,7 @@ class EmbeddingLoss(nn.Module):
         embeddings = torch.cat([self.model(chunk)["sentence_embedding"] for chunk in features])
         loss, parts = self.function(embeddings.float(), labels)
         if not torch.isfinite(loss):
-            raise FloatingPointError(float(loss))
+            raise FloatingPointError(str(loss.item()))
         for name, value in parts.items():
             self.parts[name].append(value.detach())
         return loss

@@ -1,0 +1,122 @@
+"""A tiny dataset from real docstrings, a tiny random encoder, and a way to run a script in-process."""
+
+import importlib.util
+import itertools
+import json
+import os
+import sys
+import sysconfig
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+
+def load_script(path):
+    """Import a script by path: `datasets/` is no package, and must not become one."""
+    name = "script_" + path.replace("/", "_").removesuffix(".py")
+    if name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(name, ROOT / path)
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[name] = module
+        spec.loader.exec_module(module)
+    return sys.modules[name]
+
+
+@pytest.fixture
+def run_script(capsys, monkeypatch):
+    """run_script("train_stage1.py", "minilm", "tiny") -> (exit code, stdout, stderr)."""
+    from syntriever import stage
+
+    def run(path, *argv):
+        script = load_script(path)
+        monkeypatch.setattr(sys, "argv", [str(ROOT / path), *map(str, argv)])
+        capsys.readouterr()
+        try:
+            code = stage.run(script.main, lambda: script.parse_args(list(map(str, argv))))
+        except SystemExit as error:  # argparse
+            code = error.code
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return run
+
+
+def write_jsonl(path, rows):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), "utf-8")
+
+
+def make_dataset(folder, pairs):
+    """BEIR folder of (id, query, passage): the first 60% train, then dev, then test."""
+    write_jsonl(folder / "corpus.jsonl", [{"_id": i, "title": "", "text": passage} for i, _, passage in pairs])
+    write_jsonl(folder / "queries.jsonl", [{"_id": f"q-{i}", "text": query} for i, query, _ in pairs])
+    cuts = [0, len(pairs) * 6 // 10, len(pairs) * 8 // 10, len(pairs)]
+    (folder / "qrels").mkdir()
+    for split, (start, stop) in zip(("train", "dev", "test"), itertools.pairwise(cuts), strict=True):
+        rows = [f"q-{i}\t{i}\t1\n" for i, _, _ in pairs[start:stop]]
+        (folder / "qrels" / f"{split}.tsv").write_text("query-id\tcorpus-id\tscore\n" + "".join(rows), "utf-8")
+
+
+@pytest.fixture(scope="session")
+def docstrings():
+    """60 (id, query, passage) of the standard library."""
+    pairs = load_script("datasets/build_pydocs.py").pairs(Path(sysconfig.get_paths()["stdlib"]))
+    return list(itertools.islice(pairs, 60))
+
+
+@pytest.fixture(scope="session")
+def tiny_encoder(tmp_path_factory, docstrings):
+    """A random two-layer BERT with its own vocabulary, saved as a plain transformers checkpoint.
+    Its name makes it an E5 model, so prefixes are in play. No dropout: runs are comparable."""
+    import torch
+    from tokenizers import BertWordPieceTokenizer
+    from transformers import BertConfig, BertModel, BertTokenizerFast
+
+    folder = tmp_path_factory.mktemp("encoder") / "e5-small-tiny"
+    folder.mkdir()
+    tokenizer = BertWordPieceTokenizer(lowercase=True)
+    tokenizer.train_from_iterator((text for pair in docstrings for text in pair), vocab_size=600, show_progress=False)
+    tokenizer.save_model(str(folder))
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=tokenizer.get_vocab_size(),
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=64,
+        max_position_embeddings=128,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+    )
+    BertModel(config).save_pretrained(folder)
+    BertTokenizerFast(vocab=str(folder / "vocab.txt"), model_max_length=128).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch, docstrings):
+    """Data folder with the dataset `tiny` and synthetic rows for most of its training queries."""
+    monkeypatch.setenv("SYNTRIEVER_HOME", str(tmp_path))
+    fill_home(tmp_path, docstrings)
+    return tmp_path
+
+
+def fill_home(folder, docstrings):
+    make_dataset(folder / "datasets" / "tiny", docstrings)
+    train = docstrings[: len(docstrings) * 6 // 10]
+    rows = [
+        {
+            "query_id": f"q-{i}",
+            "query": query,
+            "cot": f"Somebody wants to know: {query}",
+            "positive": " ".join(passage.split()[:15]),
+            "negative": " ".join(train[number - 1][2].split()[:15]),
+            "verified": number % 4 != 0,
+        }
+        for number, (i, query, passage) in enumerate(train)
+        if number % 6 != 5
+    ]
+    write_jsonl(folder / "datasets" / "tiny_synthetic.jsonl", rows)

@@ -1,0 +1,435 @@
+"""Training, retrieval, stage 2 and evaluation: the real scripts on a tiny real input."""
+
+import hashlib
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, fill_home, load_script, write_jsonl
+
+from syntriever import beir, metrics, models, search, stage, training
+
+FAST = ["--batch-size", "12", "--lr", "1e-3", "--max-length", "32", "--device", "cpu"]
+SFT = "e5-small-tiny-sft"
+
+
+def log_of(folder):
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def digest(path):
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory, tiny_encoder, docstrings):
+    """A data folder in which stage 1 was run, once for all tests."""
+    folder = tmp_path_factory.mktemp("trained")
+    fill_home(folder, docstrings)
+    script = load_script("train_stage1.py")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SYNTRIEVER_HOME", str(folder))
+        args = script.parse_args([str(tiny_encoder), "tiny", "--epochs", "2", *FAST])
+        assert stage.run(script.main, lambda: args) == 0
+    return folder
+
+
+@pytest.fixture
+def stage1(home, trained):
+    shutil.copytree(trained, home, dirs_exist_ok=True)
+    return home / "output" / f"{SFT}-tiny"
+
+
+# --- batches
+
+
+@pytest.mark.parametrize(("sizes", "batch"), [([10] * 7, 4), ([1] * 23, 5), ([3, 1, 1, 9, 2], 4), ([1], 8)])
+def test_batches_use_every_row_once_and_no_query_twice(sizes, batch):
+    query_ids = [f"q{number}" for number, size in enumerate(sizes) for _ in range(size)]
+    sampler = training.UniqueQueryBatches(range(len(query_ids)), batch, False, query_ids=query_ids, seed=1)
+    epochs = []
+    for epoch in (0, 0, 1):
+        sampler.set_epoch(epoch)
+        epochs.append(list(sampler))
+    for batches in epochs:
+        assert sorted(row for rows in batches for row in rows) == list(range(len(query_ids)))
+        assert len(batches) == len(sampler)
+        lengths = [len(rows) for rows in batches]
+        assert max(lengths) <= batch
+        assert max(lengths) - min(lengths) <= 1
+        assert all(len({query_ids[row] for row in rows}) == len(rows) for rows in batches)
+    assert epochs[0] == epochs[1]
+    assert epochs[0] != epochs[2] or len(query_ids) == 1
+
+
+def test_collator_encodes_each_text_once_and_absent_ones_not_at_all(tiny_encoder):
+    model = models.load(models.resolve(str(tiny_encoder), "tiny"), "cpu")
+    query = ("query: ", "what is a set")
+    samples = {
+        0: ([query, ("passage: ", "a finite container"), None], [1]),
+        1: (
+            [query, ("passage: ", "a much longer text about something else altogether"), ("passage: ", "a finite container")],
+            [0],
+        ),
+    }
+    batch = training.Collator(model, samples.__getitem__, 32)([{"row": 0}, {"row": 1}])
+    places, more = batch.pop("label").split([3, 1], dim=1)
+    assert sum(len(value) for key, value in batch.items() if key.endswith("input_ids")) == 3
+    assert more.flatten().tolist() == [1, 0]
+    assert places[0, 2] == -1
+    assert places[0, 0] == places[1, 0]
+    assert places[0, 1] == places[1, 2]
+
+    loss = training.EmbeddingLoss(model, lambda embeddings, labels: (embeddings.sum(), {"all": embeddings}))
+    model.eval()
+    features = [{"input_ids": batch["chunk0_input_ids"], "attention_mask": batch["chunk0_attention_mask"]}]
+    with torch.no_grad():
+        loss(features, places)
+    embeddings = loss.parts["all"][0]
+    expected = search.encode(model, ["what is a set"], "query"), search.encode(model, ["a finite container"], "document")
+    for place, vector in zip((places[0, 0], places[0, 1]), expected, strict=True):
+        np.testing.assert_allclose(embeddings[place].numpy(), vector[0], atol=1e-6)
+
+
+# --- stage 1
+
+
+def test_stage1_makes_a_checkpoint_that_the_libraries_load(stage1, tiny_encoder):
+    from sentence_transformers import SentenceTransformer
+    from transformers import AutoModel, AutoTokenizer
+
+    model = SentenceTransformer(str(stage1), device="cpu")
+    assert model.prompts["query"] == "query: "
+    assert model.prompts["document"] == "passage: "
+    ours = model.encode_query("how to sort a list")
+    encoder, tokenizer = AutoModel.from_pretrained(stage1), AutoTokenizer.from_pretrained(stage1)
+    inputs = tokenizer("query: how to sort a list", return_tensors="pt")
+    with torch.no_grad():
+        mean = encoder(**inputs).last_hidden_state.mean(1)
+    np.testing.assert_allclose(torch.nn.functional.normalize(mean).numpy()[0], ours, atol=1e-5)
+    assert not np.allclose(ours, SentenceTransformer(str(tiny_encoder), device="cpu").encode("query: how to sort a list"))
+    assert {"run.json", "log.jsonl", "loss.png", "README.md", "model.safetensors", "modules.json"} <= set(os.listdir(stage1))
+    assert not [name for name in os.listdir(stage1.parent) if name.endswith((".tmp", ".old"))]
+
+
+def test_stage1_records_what_it_did(stage1, home):
+    record = json.loads((stage1 / "run.json").read_text())
+    source = home / "datasets" / "tiny_synthetic.jsonl"
+    assert record["inputs"]["datasets/tiny_synthetic.jsonl"]["sha256"] == digest(source)
+    assert record["options"]["loss"] == "snn"
+    assert record["options"]["seed"] == 42
+    assert record["versions"]["torch"] == torch.__version__.split("+")[0] or record["versions"]["torch"] == torch.__version__
+    assert record["complete"]
+    assert record["results"]["steps"] == 6
+    steps = [row for row in log_of(stage1) if "loss" in row]
+    for row in steps:
+        assert row["loss"] == pytest.approx(row["denominator"] - row["numerator"], abs=1e-3)
+        assert 0 < row["gold_share"] < 1
+        assert 0 <= row["gold_accuracy"] <= 1
+    assert steps[-1]["loss"] < steps[0]["loss"]
+    assert [row["epoch"] for row in log_of(stage1) if "dev_ndcg@10" in row] == [0, 1, 2]
+
+
+def test_the_best_epoch_on_dev_is_kept(stage1):
+    record = json.loads((stage1 / "run.json").read_text())
+    dev = {row["epoch"]: row["dev_ndcg@10"] for row in log_of(stage1) if "dev_ndcg@10" in row}
+    del dev[0]
+    assert record["results"]["dev_ndcg_at_10"] == max(dev.values())
+    assert dev[record["results"]["best_epoch"]] == max(dev.values())
+    model = models.load(models.ModelRef("x", str(stage1)), "cpu")
+    assert training.DevScore("tiny", beir.Corpus("tiny"), 20_000, 1_000, 42)(model) == pytest.approx(max(dev.values()), abs=1e-6)
+
+
+def test_same_seed_same_weights_and_another_seed_others(stage1, tiny_encoder, run_script):
+    first = digest(stage1 / "model.safetensors")
+    assert run_script("train_stage1.py", tiny_encoder, "tiny", "--epochs", 2, *FAST)[0] == 0
+    assert digest(stage1 / "model.safetensors") == first
+    assert run_script("train_stage1.py", tiny_encoder, "tiny", "--epochs", 2, "--seed", 1, *FAST)[0] == 0
+    assert digest(stage1 / "model.safetensors") != first
+
+
+@pytest.mark.parametrize("option", ["infonce", "cluster", "authors"])
+def test_every_loss_trains(home, tiny_encoder, run_script, option):
+    code, out, err = run_script("train_stage1.py", tiny_encoder, "tiny", "--epochs", 1, "--loss", option, "--name", option, *FAST)
+    assert code == 0, err
+    assert (home / "output" / f"{option}-sft-tiny" / "model.safetensors").is_file()
+
+
+def test_ablation_switches_change_the_samples():
+    script = load_script("train_stage1.py")
+    row = {"positive": "p", "cot": "c", "negative": "n", "verified": False}
+    plain = script.parse_args(["e5", "tiny"])
+    assert script.synthetic_texts(row, plain) == (["p", "c", "n"], 0)
+    assert script.synthetic_texts(None, plain) == ([None] * 3, 0)
+    assert script.synthetic_texts(row, script.parse_args(["e5", "tiny", "--no-cot"])) == (["p", None, "n"], 0)
+    assert script.synthetic_texts(row, script.parse_args(["e5", "tiny", "--no-relabel"])) == (["p", "c", "n"], 1)
+
+
+def test_no_synthetic_needs_no_synthetic_file(home, tiny_encoder, run_script):
+    (home / "datasets" / "tiny_synthetic.jsonl").unlink()
+    assert run_script("train_stage1.py", tiny_encoder, "tiny", "--epochs", 1, "--no-synthetic", *FAST)[0] == 0
+
+
+def test_a_loss_that_is_not_finite_stops_at_once(stage1, home, tiny_encoder, run_script, monkeypatch):
+    before = digest(stage1 / "model.safetensors")
+    script = load_script("train_stage1.py")
+    calls = []
+
+    def broken(*args, **kwargs):
+        calls.append(1)
+        return real(*args, **kwargs) * (math.nan if len(calls) == 3 else 1.0)
+
+    real = script.soft_nearest_neighbor_loss
+    monkeypatch.setattr(script, "soft_nearest_neighbor_loss", broken)
+    code, out, err = run_script("train_stage1.py", tiny_encoder, "tiny", "--epochs", 2, *FAST)
+    assert code == 1
+    assert len(calls) == 3
+    assert "loss is nan at step 3" in err
+    bad = json.loads((home / "output" / f"{SFT}-tiny.bad-batch.json").read_text())
+    assert len(bad["query_ids"]) == 12
+    assert digest(stage1 / "model.safetensors") == before
+
+
+# --- retrieval
+
+
+def brute_force(model, corpus, queries, k):
+    passages = search.encode(model, list(corpus.texts()), "document")
+    scores = search.encode(model, queries, "query") @ passages.T
+    order = np.argsort(-scores, axis=1, kind="stable")[:, :k]
+    return order, np.take_along_axis(scores, order, 1)
+
+
+@pytest.mark.parametrize("shard", [7, 60, 1000])
+def test_sharded_search_equals_brute_force(home, tiny_encoder, monkeypatch, shard):
+    monkeypatch.setattr(search, "SHARD", shard)
+    monkeypatch.setattr(search, "WINDOW", 5)
+    model, corpus = models.load(models.resolve(str(tiny_encoder), "tiny"), "cpu"), beir.Corpus("tiny")
+    queries = beir.load_queries("tiny")
+    hits = search.top_k(model, corpus, home / "embeddings", queries, 10)
+    order, scores = brute_force(model, corpus, list(queries.values()), 10)
+    for row, found in enumerate(hits.values()):
+        np.testing.assert_allclose([score for _, score in found], scores[row], atol=1e-5)
+        assert [corpus.position(passage) for passage, _ in found] == order[row].tolist()
+
+
+def test_only_missing_shards_are_encoded_and_another_model_is_refused(home, tiny_encoder, monkeypatch, capsys):
+    monkeypatch.setattr(search, "SHARD", 25)
+    model, corpus = models.load(models.resolve(str(tiny_encoder), "tiny"), "cpu"), beir.Corpus("tiny")
+    encoded = []
+    real = search.encode
+    monkeypatch.setattr(search, "encode", lambda m, texts, *a, **k: encoded.append(len(texts)) or real(m, texts, *a, **k))
+    folder = home / "embeddings"
+    search.Embeddings(model, corpus, folder)
+    assert sum(encoded) == 60
+    before = {path.name: digest(path) for path in folder.glob("*.npy")}
+    assert len(before) == 3
+    sorted(folder.glob("*.npy"))[1].unlink()
+    encoded.clear()
+    search.Embeddings(model, corpus, folder)
+    assert sum(encoded) == 25
+    assert {path.name: digest(path) for path in folder.glob("*.npy")} == before
+    encoded.clear()
+    search.Embeddings(model, corpus, folder)
+    assert not encoded
+    with torch.no_grad():
+        next(model.parameters())[0, 0] += 1e-3  # same shapes, other weights
+    search.Embeddings(model, corpus, folder)
+    assert sum(encoded) == 60
+    assert "another model or corpus" in capsys.readouterr().out
+
+
+def test_retrieval_writes_the_top_of_every_training_query(stage1, home, run_script):
+    code, out, err = run_script("retrieval.py", SFT, "tiny", "--top-k", 8, "--device", "cpu")
+    assert code == 0, err
+    rows = [json.loads(line) for line in (home / "stage2" / f"{SFT}_tiny_top8.jsonl").read_text().splitlines()]
+    queries, qrels = beir.load_split("tiny", "train")
+    assert [row["query_id"] for row in rows] == list(queries)
+    for row in rows:
+        scores = [passage["score"] for passage in row["passages"]]
+        assert len({passage["id"] for passage in row["passages"]}) == 8
+        assert scores == sorted(scores, reverse=True)
+        assert row["query"] == queries[row["query_id"]]
+    assert (stage1 / "embeddings" / "tiny" / "embeddings.json").is_file()
+
+
+def test_an_approximate_index_reports_its_recall(stage1, run_script):
+    code, out, err = run_script("retrieval.py", SFT, "tiny", "--top-k", 8, "--index", "IVF1,Flat", "--device", "cpu")
+    assert code == 0, err
+    assert "finds 1.0000 of the exact top 8" in out
+    code, out, err = run_script("retrieval.py", SFT, "tiny", "--top-k", 8, "--index", "Nonsense7", "--device", "cpu")
+    assert code == 2
+    assert "Nonsense7" in err
+
+
+# --- stage 2
+
+
+@pytest.fixture
+def preferences(stage1, home):
+    """Every training query prefers its own passage to three others."""
+    _, qrels = beir.load_split("tiny", "train")
+    gold = [next(iter(judged)) for judged in qrels.values()]
+    rows = [
+        {"query_id": query, "preferred_id": gold[n], "rejected_id": gold[(n + step) % len(gold)], "shown": [], "verdicts": []}
+        for n, query in enumerate(qrels)
+        for step in (1, 2, 3)
+    ]
+    write_jsonl(home / "stage2" / f"{SFT}_tiny_preferences.jsonl", rows)
+    return rows
+
+
+def test_stage2_learns_the_preferences_from_a_zero_kl(stage1, home, preferences, run_script):
+    before = digest(stage1 / "model.safetensors")
+    code, out, err = run_script("train_stage2.py", SFT, "tiny", "--epochs", 4, *FAST)
+    assert code == 0, err
+    final = home / "output" / "e5-small-tiny-final-tiny"
+    steps = [row for row in log_of(final) if "loss" in row]
+    for row in steps:
+        assert row["loss"] == pytest.approx(row["preference"] + 0.1 * row["kl"], abs=2e-3)
+        assert row["kl"] >= -1e-6
+    # Learning rate is still 0 in the first step of the warm-up: the model is the reference.
+    first = next(row["kl"] for row in steps if row["step"] == steps[0]["step"])
+    assert first < steps[-1]["kl"]
+    assert steps[-1]["preference"] < steps[0]["preference"]
+    assert digest(stage1 / "model.safetensors") == before
+    assert not [path for path in (home / "output").iterdir() if path.name.startswith(".") and path.is_dir()]
+
+
+def test_stage2_kl_is_zero_before_any_step(stage1, home, preferences, run_script):
+    """One step over all queries: the logged KL is that of the untouched model."""
+    args = ["--epochs", 1, *FAST, "--batch-size", "500"]
+    assert run_script("train_stage2.py", SFT, "tiny", *args)[0] == 0
+    first = next(row for row in log_of(home / "output" / "e5-small-tiny-final-tiny") if "kl" in row)
+    assert first["step"] == 1
+    assert first["kl"] == pytest.approx(0, abs=1e-5)
+
+
+def test_beta_zero_and_bradley_terry(stage1, home, preferences, run_script):
+    args = ["--epochs", 1, "--beta", 0, "--loss", "bradley-terry", *FAST]
+    assert run_script("train_stage2.py", SFT, "tiny", *args)[0] == 0
+    for row in log_of(home / "output" / "e5-small-tiny-final-tiny"):
+        if "loss" in row:
+            assert row["loss"] == pytest.approx(row["preference"], abs=1e-3)
+
+
+# --- evaluation
+
+
+def test_evaluate_writes_measures_run_and_picture(stage1, home, tiny_encoder, run_script):
+    code, out, err = run_script("evaluate.py", "bm25", str(tiny_encoder), SFT, "tiny", "--ks", "1,5,10", "--device", "cpu")
+    assert code == 0, err
+    for name in ("bm25", "e5-small-tiny", SFT):
+        result = json.loads((home / "results" / f"{name}_tiny_test.json").read_text())
+        assert result["queries"] == 12 == len(result["per_query"])
+        run: metrics.Run = {}
+        for line in (home / "results" / f"{name}_tiny_test.trec").read_text().splitlines():
+            query, q0, passage, rank, score, tag = line.split()
+            run.setdefault(query, {})[passage] = float(score)
+            assert (q0, tag) == ("Q0", name)
+        again = metrics.evaluate(beir.load_qrels("tiny", "test"), run, (1, 5, 10))
+        for measure, values in again.items():
+            assert result["measures"][measure] == pytest.approx(metrics.mean(values), abs=1e-6)
+        assert (home / "results" / f"{name}_tiny_test.png").read_bytes().startswith(b"\x89PNG")
+        assert f"\n{name} " in out or f"\n{tiny_encoder}" in out
+    assert result["tests"].keys() == {"bm25", str(tiny_encoder)}
+    assert "two-sided p" in out
+
+
+def test_evaluate_zero_shot_keeps_results_apart(stage1, home, docstrings, run_script):
+    shutil.copytree(home / "datasets" / "tiny", home / "datasets" / "other")
+    code, out, err = run_script("evaluate.py", SFT, "tiny", "other", "--trained-on", "tiny", "--ks", "10", "--device", "cpu")
+    assert code == 0, err
+    assert (home / "results" / f"{SFT}-tiny_other_test.json").is_file()
+    assert "average" in out
+
+
+# --- bad input: exit 2, a message that names what is wrong, nothing heavy loaded
+
+
+BAD = [
+    (["train_stage1.py", "minilm", "nosuch"], "unknown dataset"),
+    (["train_stage1.py", "nosuch", "tiny"], "unknown model"),
+    (["train_stage1.py", "minilm", "../tiny"], "dataset name"),
+    (["train_stage1.py", "minilm", "tiny", "--epochs", "0"], "--epochs must be positive"),
+    (["train_stage1.py", "minilm", "tiny", "--temperature", "nan"], "--temperature must be positive"),
+    (["train_stage1.py", "minilm", "tiny", "--bogus"], "unrecognized arguments"),
+    (["retrieval.py", "minilm-sft", "tiny"], "python train_stage1.py minilm tiny"),
+    (["retrieval.py", "minilm", "tiny", "--top-k", "61"], "has 60 passages"),
+    (["stage2/parse_comparison.py", "tiny", "--model", "minilm"], "python retrieval.py minilm tiny"),
+    (["stage2/parse_comparison.py", "tiny", "--model", "minilm-sft"], "python train_stage1.py minilm tiny"),
+    (["train_stage2.py", "minilm-sft", "tiny"], "python train_stage1.py minilm tiny"),
+    (["evaluate.py", "minilm-final", "tiny"], "python train_stage2.py minilm-sft tiny"),
+    (["evaluate.py", "minilm"], "at least one model and one dataset"),
+    (["evaluate.py", "minilm", "tiny", "--split", "nosuch"], "this dataset has: dev, test, train"),
+    (["evaluate.py", "minilm", "tiny"], "has only 60 passages"),
+    (["evaluate.py", "minilm", "tiny", "--ks", "ten"], "--ks ten"),
+    (["datasets/parse_synthetic.py", "tiny", "--llm", "gpt-4o"], "OPENAI_API_KEY is not set"),
+    (["datasets/parse_synthetic.py", "tiny", "--limit", "0"], "--limit"),
+    (["datasets/parse_synthetic.py", "pydocs"], "python datasets/build_pydocs.py"),
+]
+
+
+@pytest.mark.parametrize(("command", "message"), BAD, ids=lambda value: " ".join(value) if isinstance(value, list) else "")
+def test_bad_input_exits_2_and_says_what_to_do(home, run_script, monkeypatch, command, message):
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
+    monkeypatch.setattr(models, "load", lambda *a, **k: pytest.fail("a model was loaded"))
+    code, out, err = run_script(*command)
+    assert code == 2
+    assert message in err
+    assert "Traceback" not in err
+
+
+@pytest.mark.parametrize("bad", ["", "{not json}\n", '{"query_id": "q"}\n', '{"query_id": "q", "cot": NaN}\n'])
+def test_a_bad_synthetic_file_is_named_with_its_line(home, tiny_encoder, run_script, bad):
+    path = home / "datasets" / "tiny_synthetic.jsonl"
+    path.write_text(path.read_text() + bad if bad else bad)
+    code, out, err = run_script("train_stage1.py", tiny_encoder, "tiny", *FAST)
+    if bad:
+        assert code == 2
+        assert "datasets/tiny_synthetic.jsonl:31: " in err
+    else:
+        assert code == 2
+        assert "is empty" in err
+
+
+def test_a_stale_stage_is_refused(stage1, home, run_script):
+    code, out, err = run_script("retrieval.py", SFT, "tiny", "--top-k", 8, "--device", "cpu")
+    assert code == 0, err
+    path = home / "datasets" / "tiny_synthetic.jsonl"
+    rows = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(rows[:-1]))
+    code, out, err = run_script("retrieval.py", SFT, "tiny", "--top-k", 8, "--device", "cpu")
+    assert code == 2
+    assert "datasets/tiny_synthetic.jsonl has changed" in err
+    assert "train_stage1.py" in err
+    code, out, err = run_script("retrieval.py", SFT, "tiny", "--top-k", 8, "--device", "cpu", "--force")
+    assert code == 0, err
+
+
+# --- the commands as typed, from three working directories
+
+
+def test_the_commands_run_from_anywhere(home, tiny_encoder, preferences, tmp_path_factory):
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    env = {**os.environ, "SYNTRIEVER_HOME": str(home)}
+    commands = [
+        (ROOT, [ROOT / "train_stage1.py", tiny_encoder, "tiny", "--epochs", 1, *FAST]),
+        (elsewhere, [ROOT / "retrieval.py", SFT, "tiny", "--top-k", 8, "--device", "cpu"]),
+        (ROOT / "stage2", ["../train_stage2.py", SFT, "tiny", "--epochs", 1, *FAST]),
+        (ROOT / "datasets", ["../evaluate.py", SFT, "e5-small-tiny-final", "tiny", "--ks", "10", "--device", "cpu"]),
+    ]
+    for folder, command in commands:
+        done = subprocess.run(
+            [sys.executable, *map(str, command)], cwd=folder, env=env, capture_output=True, text=True, timeout=120
+        )
+        assert done.returncode == 0, done.stderr
+        assert "Traceback" not in done.stderr
+    assert not list(elsewhere.iterdir())
