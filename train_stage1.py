@@ -232,6 +232,10 @@ def main(args: argparse.Namespace) -> None:
     if not rows:
         raise BadInput(f"{paths.shown(paths.qrels(args.dataset, 'train'))}: no judgement of at least 1 to train on")
     synthetic = jsonl.Table(source, "query_id", SYNTHETIC) if used else None
+    if synthetic is not None and not len(synthetic):
+        raise BadInput(
+            f"{paths.shown(source)} is empty. Run: python datasets/parse_synthetic.py {args.dataset}   (or --no-synthetic)"
+        )
     record.reads(
         paths.corpus(args.dataset), paths.queries(args.dataset), paths.qrels(args.dataset, "train"), *([source] if used else [])
     )

@@ -107,7 +107,7 @@ class Record:
         jsonl.write_json(
             paths.run_json(output),
             {
-                "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+                "command": [_script(), *sys.argv[1:]],
                 "complete": complete,
                 "options": self.options,
                 "settings": self.settings,
@@ -119,6 +119,12 @@ class Record:
                 "wall_seconds": round(time.time() - self.started, 2),
             },
         )
+
+
+def _script() -> str:
+    """The running script as the user would name it from the root of the repository."""
+    path = Path(sys.argv[0]).resolve()
+    return str(path.relative_to(paths.CODE)) if path.is_relative_to(paths.CODE) else str(path)
 
 
 def versions() -> dict[str, str]:

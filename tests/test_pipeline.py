@@ -35,8 +35,8 @@ def trained(tmp_path_factory, tiny_encoder, docstrings):
     script = load_script("train_stage1.py")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SYNTRIEVER_HOME", str(folder))
-        args = script.parse_args([str(tiny_encoder), "tiny", "--epochs", "2", *FAST])
-        assert stage.run(script.main, lambda: args) == 0
+        patch.setattr(sys, "argv", [str(ROOT / "train_stage1.py"), str(tiny_encoder), "tiny", "--epochs", "2", *FAST])
+        assert stage.run(script.main, script.parse_args) == 0
     return folder
 
 
@@ -409,7 +409,7 @@ def test_a_stale_stage_is_refused(stage1, home, run_script):
     code, out, err = run_script("retrieval.py", SFT, "tiny", "--top-k", 8, "--device", "cpu")
     assert code == 2
     assert "datasets/tiny_synthetic.jsonl has changed" in err
-    assert "train_stage1.py" in err
+    assert "python train_stage1.py" in err
     code, out, err = run_script("retrieval.py", SFT, "tiny", "--top-k", 8, "--device", "cpu", "--force")
     assert code == 0, err
 
