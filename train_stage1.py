@@ -222,10 +222,9 @@ def main(args: argparse.Namespace) -> None:
     record = stage.Record(args)
     source = paths.synthetic(args.dataset)
     used = not (args.no_synthetic or args.loss == "infonce")
+    remedy = f"Run: python datasets/parse_synthetic.py {args.dataset}   (or pass --no-synthetic)"
     if used and not source.is_file():
-        raise BadInput(
-            f"{paths.shown(source)} is not there. Run: python datasets/parse_synthetic.py {args.dataset}   (or --no-synthetic)"
-        )
+        raise BadInput(f"{paths.shown(source)} is not there. {remedy}")
     corpus = beir.Corpus(args.dataset)
     queries, qrels = beir.load_split(args.dataset, "train", corpus, args.strict)
     rows = training_rows(qrels, corpus)

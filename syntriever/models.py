@@ -102,10 +102,14 @@ def load(ref: ModelRef, device: str | None = None, max_length: int | None = None
     A checkpoint without pooling settings gets mean pooling (E5, Contriever). Only safetensors are
     read and no code of the checkpoint runs. `max_length` is in tokens.
     """
+    import torch
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.sentence_transformer.modules import Normalize
     from transformers.utils import logging
 
+    # The gradients of a loss near 0 are denormal floats, on which a CPU computes many times slower.
+    # Set before the first parallel operation: the worker threads inherit it.
+    torch.set_flush_denormal(True)
     logging.disable_progress_bar()
     model: Any
     try:
