@@ -22,7 +22,7 @@ MEASURES = ("nDCG", "MAP", "Recall", "P", "MRR")
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = stage.parser(__doc__)
     parser.add_argument(
         "names",
         nargs="+",

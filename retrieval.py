@@ -16,7 +16,7 @@ from syntriever.errors import BadInput
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = stage.parser(__doc__)
     parser.add_argument("model", help=f"X-sft, X-final, {', '.join(models.ALIASES)}, a Hub id or a folder")
     parser.add_argument("dataset", help="BEIR name, pydocs, or a folder datasets/<dataset>/")
     parser.add_argument("--top-k", type=int, default=100, help="passages per query (default: %(default)s)")
@@ -36,11 +36,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def main(args: argparse.Namespace) -> None:
     ref = models.resolve(args.model, args.dataset, args.name)
     beir.ensure(args.dataset)
+    stage.check_fresh(ref.weights, args.force)
     corpus = beir.Corpus(args.dataset)
     if not 1 <= args.top_k <= len(corpus):
         raise BadInput(f"--top-k {args.top_k}: {paths.shown(corpus.path)} has {len(corpus)} passages")
     queries, _ = beir.load_split(args.dataset, "train", corpus, args.strict)
-    stage.check_fresh(ref.weights, args.force)
     record = stage.Record(args)
     record.reads(corpus.path, paths.queries(args.dataset), paths.qrels(args.dataset, "train"), *ref.weights)
     stage.say(f"read   {len(corpus):,} passages and {len(queries):,} training queries of {args.dataset}")

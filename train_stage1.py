@@ -156,7 +156,7 @@ SYNTHETIC = {"cot": str, "positive": str, "negative": str, "verified": bool}
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = stage.parser(__doc__)
     parser.add_argument("model", help=f"{', '.join(models.ALIASES)}, a Hub id or a folder")
     parser.add_argument("dataset", help="BEIR name, pydocs, or a folder datasets/<dataset>/")
     parser.add_argument(
@@ -218,13 +218,14 @@ def synthetic_texts(row: jsonl.Row | None, args: argparse.Namespace) -> tuple[li
 def main(args: argparse.Namespace) -> None:
     stage.check_training_options(args)
     ref = models.resolve(args.model, args.dataset, args.name)
-    beir.ensure(args.dataset)
-    record = stage.Record(args)
     source = paths.synthetic(args.dataset)
     used = not (args.no_synthetic or args.loss == "infonce")
     remedy = f"Run: python datasets/parse_synthetic.py {args.dataset}   (or pass --no-synthetic)"
     if used and not source.is_file():
         raise BadInput(f"{paths.shown(source)} is not there. {remedy}")
+    beir.ensure(args.dataset)
+    stage.check_fresh([source] if used else [], args.force)
+    record = stage.Record(args)
     corpus = beir.Corpus(args.dataset)
     queries, qrels = beir.load_split(args.dataset, "train", corpus, args.strict)
     rows = training_rows(qrels, corpus)
@@ -238,7 +239,6 @@ def main(args: argparse.Namespace) -> None:
     record.reads(
         paths.corpus(args.dataset), paths.queries(args.dataset), paths.qrels(args.dataset, "train"), *([source] if used else [])
     )
-    stage.check_fresh([source] if used else [], args.force)
     complete = sum(query in synthetic for query, _ in rows) if synthetic else 0
     stage.say(
         f"read   {len(rows)} training rows of {args.dataset}, {complete} of them with synthetic texts beside the gold passage"

@@ -88,7 +88,7 @@ LOSSES = {"partial-plackett-luce": partial_plackett_luce_loss, "bradley-terry": 
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = stage.parser(__doc__)
     parser.add_argument("model", help="a stage-1 checkpoint of this project, e.g. e5-sft")
     parser.add_argument("dataset", help="BEIR name, pydocs, or a folder datasets/<dataset>/")
     parser.add_argument(
@@ -140,16 +140,16 @@ def main(args: argparse.Namespace) -> None:
     if args.beta < 0:
         raise BadInput(f"--beta must not be negative, got {args.beta}")
     ref = models.resolve(args.model, args.dataset, args.name)
-    beir.ensure(args.dataset)
     source = paths.preferences(ref.name, args.dataset)
     if not source.is_file():
         raise BadInput(
             f"{paths.shown(source)} is not there. Run: python stage2/parse_comparison.py {args.dataset} --model {ref.name}"
         )
+    beir.ensure(args.dataset)
+    stage.check_fresh([source, *ref.weights], args.force)
     corpus = beir.Corpus(args.dataset)
     queries, _ = beir.load_split(args.dataset, "train", corpus, args.strict)
     pairs = load_pairs(args.dataset, source, queries, corpus)
-    stage.check_fresh([source, *ref.weights], args.force)
     record = stage.Record(args)
     record.reads(corpus.path, paths.queries(args.dataset), paths.qrels(args.dataset, "train"), source, *ref.weights)
     query_ids = list(dict.fromkeys(query for query, _, _ in pairs))

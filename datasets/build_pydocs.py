@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import ast
 import hashlib
-import shutil
 import sys
 import sysconfig
 import tempfile
@@ -34,8 +33,7 @@ DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    return parser.parse_args(argv)
+    return stage.parser(__doc__).parse_args(argv)
 
 
 def docstrings(node: ast.Module | ast.stmt, name: str) -> Iterator[tuple[str, str]]:
@@ -52,7 +50,9 @@ def docstrings(node: ast.Module | ast.stmt, name: str) -> Iterator[tuple[str, st
 def pairs(stdlib: Path) -> Iterator[tuple[str, str, str]]:
     """(id, query, passage) of every docstring long enough to be split; the first of a query wins."""
     seen = set()
-    for path in sorted(stdlib.rglob("*.py")):
+    from tqdm import tqdm
+
+    for path in tqdm(sorted(stdlib.rglob("*.py")), desc="parse", unit="file"):
         parts = path.relative_to(stdlib).with_suffix("").parts
         if any(part in SKIPPED_PARTS or part.startswith("test_") for part in path.relative_to(stdlib).parts):
             continue
@@ -80,10 +80,10 @@ def main(args: argparse.Namespace) -> None:
     target = paths.dataset("pydocs")
     target.parent.mkdir(parents=True, exist_ok=True)
     counts = {"train": 0, "dev": 0, "test": 0}
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".pydocs.") as folder:
+    with jsonl.lock(target), tempfile.TemporaryDirectory(dir=target.parent, prefix=".pydocs.") as folder:
         new = Path(folder) / "pydocs"
         (new / "qrels").mkdir(parents=True)
-        qrels = {split: (new / "qrels" / f"{split}.tsv").open("w") for split in counts}
+        qrels = {split: (new / "qrels" / f"{split}.tsv").open("w", encoding="utf-8") for split in counts}
         for file in qrels.values():
             file.write("query-id\tcorpus-id\tscore\n")
         with (new / "corpus.jsonl").open("wb") as corpus, (new / "queries.jsonl").open("wb") as queries:
@@ -97,7 +97,7 @@ def main(args: argparse.Namespace) -> None:
             file.close()
         record.write(new, **counts)
         if target.is_dir():
-            shutil.rmtree(target)
+            target.rename(Path(folder) / "old")
         new.rename(target)
     total = ", ".join(f"{n} {split}" for split, n in counts.items())
     stage.say(

@@ -11,7 +11,6 @@ Run      python datasets/parse_synthetic.py scifact
 from __future__ import annotations
 
 import argparse
-import asyncio
 import json
 import random
 import sys
@@ -58,7 +57,7 @@ GENERATED = ("cot", "positive", "negative")
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = stage.parser(__doc__)
     parser.add_argument("dataset", help="BEIR name, pydocs, or a folder datasets/<dataset>/")
     parser.add_argument("--limit", type=int, help="only the first N queries of a seeded shuffle (default: all)")
     parser.add_argument("--prompts", type=Path, help="JSON file {step: prompt} that replaces any of the prompts in this script")
@@ -76,9 +75,12 @@ def load_prompts(path: Path | None) -> dict[str, str]:
         if not path.is_file():
             raise BadInput(f"--prompts {path}: no such file")
         try:
-            prompts.update(json.loads(path.read_text("utf-8")))
-        except (ValueError, TypeError) as error:
-            raise BadInput(f"--prompts {path}: expected a JSON object of step: prompt ({error})") from None
+            given = json.loads(path.read_text("utf-8"))
+        except ValueError as error:
+            raise BadInput(f"--prompts {path}: not JSON ({error})") from None
+        if not isinstance(given, dict) or not given:
+            raise BadInput(f"--prompts {path}: expected a JSON object of step: prompt")
+        prompts |= given
     for step, prompt in prompts.items():
         needed = ["{query}", "{positive}"] if step == "verify" else ["{query}"]
         if step not in PROMPTS or not isinstance(prompt, str) or any(field not in prompt for field in needed):
@@ -92,7 +94,7 @@ async def synthesize(asker: llm.Asker, query: str, prompts: dict[str, str], max_
         llm.Request(step, (query,), llm.fill(prompts[step], query=query), GENERATION_TEMPERATURE, max_tokens)
         for step in GENERATED
     ]
-    replies = dict(zip(GENERATED, await asyncio.gather(*map(asker.ask, requests)), strict=True))
+    replies = dict(zip(GENERATED, await asker.ask_all(requests), strict=True))
     if not any(reply.reason for reply in replies.values()):
         prompt = llm.fill(prompts["verify"], query=query, positive=replies["positive"].text)
         verify = llm.Request("verify", (query,), prompt, VERDICT_TEMPERATURE, VERDICT_MAX_TOKENS, ("yes", "no"))
@@ -118,15 +120,14 @@ def main(args: argparse.Namespace) -> None:
     wanted = [query_id for query_id, judged in qrels.items() if max(judged.values()) >= 1]
     random.Random(args.seed).shuffle(wanted)
     wanted = wanted[: args.limit]
-    args.llm = teachers.default_llm(args.dataset, args.llm)
+    args.llm = teachers.default_llm(args.dataset, args.llm, args.base_url)
     teacher = teachers.make_teacher(args.llm, args.dataset, args)
     output = paths.synthetic(args.dataset)
-    # Recorded answers do not depend on the prompts in this script.
-    settings = (
-        {"llm": args.llm, "prompts": stage.text_sha256(prompts)[:12], "max_tokens": args.max_tokens}
-        if teacher.live
-        else {"llm": args.llm}
-    )
+    settings: dict[str, Any] = {"llm": args.llm}
+    if teacher.live:  # recorded answers do not depend on the prompts and numbers in this script
+        settings |= {f"prompt of {step}": stage.text_sha256(prompt)[:12] for step, prompt in prompts.items()}
+        settings["temperatures"] = [GENERATION_TEMPERATURE, VERDICT_TEMPERATURE]
+        settings["max_tokens"] = [args.max_tokens, VERDICT_MAX_TOKENS]
 
     async def work(asker: llm.Asker, query_id: str) -> jsonl.Row:
         row = await synthesize(asker, queries[query_id], prompts, args.max_tokens)
@@ -144,18 +145,14 @@ def main(args: argparse.Namespace) -> None:
         )
         if teacher.live and pending:
             stage.say(f"       up to {4 * len(pending):,} requests to {args.llm}, less what the ledger holds")
-        counts = llm.append_rows(output, pending, work, teacher, args, unit="query")
+        counts = llm.append_rows(output, pending, len(pending), work, teacher, args, unit="query")
         rejected = sum(not row["verified"] for row in jsonl.read(output, {"verified": bool}))
+        total, where = len(done) + counts["written"], paths.shown(output)
+        stage.say(f"wrote  {where}: {counts['written']} new rows of {total}; {rejected} positives rejected by the LLM itself")
+        if counts["not_recorded"]:
+            stage.say(f"       {counts['not_recorded']} queries have no recorded answer: their gold passage alone trains stage 1")
+        llm.check_failures(counts, len(done), output, args.max_failure_rate)
         record.write(output, **counts)
-    total = len(done) + counts["written"]
-    stage.say(
-        f"wrote  {paths.shown(output)}: {counts['written']} new rows of {total}; {rejected} positives rejected by the LLM itself"
-    )
-    if counts["not_recorded"]:
-        stage.say(
-            f"       {counts['not_recorded']} queries have no recorded answer; stage 1 trains them on their gold passage alone"
-        )
-    llm.check_failures(counts, output, args.max_failure_rate)
     stage.next_command(f"python train_stage1.py {'minilm' if args.dataset == 'pydocs' else 'e5'} {args.dataset}")
 
 

@@ -10,7 +10,6 @@ Run      python stage2/parse_comparison.py scifact
 from __future__ import annotations
 
 import argparse
-import asyncio
 import hashlib
 import itertools
 import random
@@ -37,7 +36,7 @@ PROMPT = (
 )
 TEMPERATURE = 0.0
 MAX_TOKENS = 8
-MAX_PASSAGE_WORDS = 400  # a longer passage is cut here, for the judge only
+MAX_PASSAGE_CHARACTERS = 3000  # a longer passage is cut here, for the judge only
 
 # -----------------------------------------------------------------------------------------------
 
@@ -54,7 +53,7 @@ class Pair:
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = stage.parser(__doc__)
     parser.add_argument("dataset", help="BEIR name, pydocs, or a folder datasets/<dataset>/")
     parser.add_argument("--model", default="e5-sft", help="whose top passages are compared (default: %(default)s)")
     parser.add_argument(
@@ -74,18 +73,20 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def choose_pairs(query_id: str, passages: list[str], pairs: int, seed: int) -> list[Pair]:
-    """`pairs` of the given passages in random display order. Depends on nothing but its arguments,
-    so a resumed or repeated run shows every pair the same way."""
-    rng = random.Random(f"{seed} {query_id}")
-    every = list(itertools.combinations(passages, 2))
-    chosen = rng.sample(every, min(pairs, len(every)))
-    return [Pair(query_id, *(rng.sample(pair, 2))) for pair in chosen]
+    """`pairs` of the given passages at random, in random display order. Each pair is drawn by its own
+    hash: more passages or more pairs leave the drawn ones, and their order, as they were."""
+    drawn = []
+    for both in itertools.combinations(passages, 2):
+        first, second = sorted(both)
+        rank = hashlib.sha256(f"{seed}\0{query_id}\0{first}\0{second}".encode()).digest()
+        drawn.append((rank, Pair(query_id, first, second) if rank[-1] % 2 else Pair(query_id, second, first)))
+    return [pair for _, pair in sorted(drawn, key=lambda item: item[0])[:pairs]]
 
 
 def request_for(pair: Pair, query: str, first: str, second: str) -> llm.Request:
     """Request that shows both texts between fences. The fence is a hash of the texts: the same on a
     rerun, and nothing that a passage could contain."""
-    first, second = (" ".join(text.split()[:MAX_PASSAGE_WORDS]) for text in (first, second))
+    first, second = (" ".join(text.split())[:MAX_PASSAGE_CHARACTERS] for text in (first, second))
     fence = "passage-" + hashlib.sha256(f"{query}\0{first}\0{second}".encode()).hexdigest()[:12]
     prompt = llm.fill(PROMPT, query=query, fence=fence, first=first, second=second)
     return llm.Request("compare", (query, pair.first, pair.second), prompt, TEMPERATURE, MAX_TOKENS, VERDICTS)
@@ -95,7 +96,7 @@ async def compare(asker: llm.Asker, pair: Pair, query: str, corpus: beir.Corpus,
     """{"query_id", "preferred_id", "rejected_id", ...}, or a "reason" why there is no preference."""
     orders = [pair, Pair(pair.query_id, pair.second, pair.first)] if both_orders else [pair]
     requests = [request_for(p, query, corpus.by_id(p.first), corpus.by_id(p.second)) for p in orders]
-    replies = await asyncio.gather(*map(asker.ask_verdict, requests))
+    replies = await asker.ask_all(requests)
     row = {"query_id": pair.query_id, "shown": [pair.first, pair.second], "verdicts": [reply.text for reply in replies]}
     for reply in replies:
         if reply.reason:
@@ -135,9 +136,9 @@ def main(args: argparse.Namespace) -> None:
     top = load_top(source, args.k, args.limit, args.seed)
     stage.check_fresh([source], args.force)
     corpus = beir.Corpus(args.dataset)
-    args.llm = teachers.default_llm(args.dataset, args.llm)
+    args.llm = teachers.default_llm(args.dataset, args.llm, args.base_url)
     teacher = teachers.make_teacher(args.llm, args.dataset, args)
-    chosen = [pair for query_id, (_, ids) in top.items() for pair in choose_pairs(query_id, ids, args.pairs, args.seed)]
+    every = min(args.pairs, args.k * (args.k - 1) // 2) * len(top)
 
     async def work(asker: llm.Asker, pair: Pair) -> jsonl.Row:
         return {**await compare(asker, pair, top[pair.query_id][0], corpus, args.both_orders), "llm": args.llm}
@@ -145,31 +146,35 @@ def main(args: argparse.Namespace) -> None:
     with jsonl.lock(output):
         record = stage.Record(args)
         record.reads(source, corpus.path)
-        options = {name: getattr(args, name) for name in ("llm", "k", "pairs", "both_orders", "seed")}
-        settings = {**options, "prompt": stage.text_sha256(PROMPT)[:12], "retrieval": stage.sha256(source)[:12]}
+        settings = {name: getattr(args, name) for name in ("llm", "k", "pairs", "both_orders", "seed")}
+        if teacher.live:  # recorded answers do not depend on the prompt
+            settings |= {
+                "prompt": stage.text_sha256([PROMPT, MAX_PASSAGE_CHARACTERS])[:12],
+                "sampling": [TEMPERATURE, MAX_TOKENS],
+            }
         done = set()
         if record.resumes(output, settings, args.force):
-            rows = jsonl.read(output, {"query_id": str, "shown": list})
-            done = {Pair(row["query_id"], *row["shown"]) for row in rows}
-        pending = [pair for pair in chosen if pair not in done]
-        done_already = len(chosen) - len(pending)
-        stage.say(f"read   top {args.k} of {len(top)} queries: {len(chosen)} pairs, {done_already} done, {len(pending)} to ask")
-        if teacher.live and pending:
-            requests = len(pending) * (2 if args.both_orders else 1)
+            done = {Pair(row["query_id"], *row["shown"]) for row in jsonl.read(output, {"query_id": str, "shown": list})}
+        pending = (
+            pair
+            for query_id, (_, ids) in top.items()
+            for pair in choose_pairs(query_id, ids, args.pairs, args.seed)
+            if pair not in done
+        )
+        todo = every - len(done)
+        stage.say(f"read   top {args.k} of {len(top):,} queries: {every:,} pairs, {len(done):,} done, {todo:,} to ask")
+        if teacher.live and todo:
+            requests = todo * (2 if args.both_orders else 1)
             stage.say(f"       up to {requests:,} requests to {args.llm}, less what the ledger holds")
-        counts = llm.append_rows(output, pending, work, teacher, args, unit="pair")
+        counts = llm.append_rows(output, pending, todo, work, teacher, args, unit="pair")
+        stage.say(f"wrote  {paths.shown(output)}: {counts['written']:,} new preferences of {len(done) + counts['written']:,}")
+        for reason, words in (("tie", "ties"), ("disagreement", "verdicts that depend on the order")):
+            if counts[reason]:
+                stage.say(f"       {counts[reason]:,} {words}, kept apart in {paths.shown(paths.failed(output))}")
+        if counts["not_recorded"]:
+            stage.say(f"       {counts['not_recorded']:,} pairs have no recorded verdict; they are left out")
+        llm.check_failures(counts, len(done), output, args.max_failure_rate)
         record.write(output, **counts)
-    stage.say(f"wrote  {paths.shown(output)}: {counts['written']} new preferences of {len(done) + counts['written']}")
-    kept_apart = [
-        f"{counts[reason]} {word}"
-        for reason, word in (("tie", "ties"), ("disagreement", "that depend on the order"))
-        if counts[reason]
-    ]
-    if kept_apart:
-        stage.say(f"       {' and '.join(kept_apart)}, kept apart in {paths.shown(paths.failed(output))}")
-    if counts["not_recorded"]:
-        stage.say(f"       {counts['not_recorded']} pairs have no recorded verdict; they are left out")
-    llm.check_failures(counts, output, args.max_failure_rate)
     stage.next_command(f"python train_stage2.py {ref.name} {args.dataset}")
 
 

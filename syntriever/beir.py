@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import http.client
 import shutil
 import stat
 import tempfile
-import urllib.error
 import urllib.request
 import zipfile
+from array import array
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -77,7 +78,7 @@ def download(ds: str, url: str, md5: str) -> None:
 
     target = paths.dataset(ds)
     target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{ds}.") as folder:
+    with jsonl.lock(target), tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{ds}.") as folder:
         archive = Path(folder) / "archive.zip"
         digest = hashlib.md5(usedforsecurity=False)
         try:
@@ -88,14 +89,17 @@ def download(ds: str, url: str, md5: str) -> None:
                         digest.update(block)
                         file.write(block)
                         bar.update(len(block))
-        except (urllib.error.URLError, TimeoutError, OSError) as error:
+        except (OSError, http.client.HTTPException) as error:
             raise Failed(f"cannot download {url}: {error}. Put the unpacked dataset at {paths.shown(target)}/") from error
         if size and archive.stat().st_size != size:
             raise Failed(f"{url}: got {archive.stat().st_size} of {size} bytes; run again")
         if digest.hexdigest() != md5:
             raise Failed(f"{url}: MD5 is {digest.hexdigest()}, BEIR publishes {md5}; nothing was kept")
-        unpack(archive, Path(folder) / "unpacked")
-        (Path(folder) / "unpacked" / ds).rename(target)
+        try:
+            unpack(archive, Path(folder) / "unpacked")
+            (Path(folder) / "unpacked" / ds).rename(target)
+        except (OSError, zipfile.BadZipFile) as error:
+            raise Failed(f"cannot unpack {url} to {paths.shown(target)}/: {error}") from error
 
 
 def unpack(archive: Path, folder: Path) -> None:
@@ -123,34 +127,39 @@ def unpack(archive: Path, folder: Path) -> None:
 class Corpus:
     """Passages of `corpus.jsonl` by position or id, read from disk as they are asked for.
 
-    Memory is the ids plus 16 bytes a passage (about 200 MB for MS MARCO's 8.8M passages).
+    Memory is the ids plus 32 bytes a passage (about 350 MB for MS MARCO's 8.8M passages).
     Raises `BadInput` with `file:line` on a malformed or repeated passage.
     """
 
     def __init__(self, ds: str) -> None:
         self.path = paths.corpus(ds)
-        ids = bytearray()
-        starts, ends, lines, self.empty = [], [0], [], 0
+        from tqdm import tqdm
+
+        ids, starts, ends = bytearray(), array("q"), array("q", [0])
+        self.empty = 0  # passages without title and text
         fields: dict[str, type | tuple[type, ...]] = {"_id": str, "text": str}
-        for line, offset, row in jsonl.read_with_offsets(self.path, fields):
+        for line, offset, row in tqdm(jsonl.read_with_offsets(self.path, fields), desc=f"scan {ds}", unit="passage", delay=2):
+            if not isinstance(row.get("title"), str | None):
+                raise BadInput(f"{paths.shown(self.path)}:{line}: field 'title' has type {type(row['title']).__name__}")
             ids += row["_id"].encode()
             starts.append(offset)
             ends.append(len(ids))
-            lines.append(line)
             self.empty += not self._text(row)
         if not starts:
             raise BadInput(f"{paths.shown(self.path)} is empty")
-        self._ids, self._ends = bytes(ids), np.array(ends, np.int64)
-        self._starts = np.array(starts, np.int64)
+        if self.empty:
+            print(f"note:  {paths.shown(self.path)} has {self.empty} passages without any text", flush=True)
+        self._ids, self._ends, self._starts = bytes(ids), np.array(ends, np.int64), np.array(starts, np.int64)
         hashes = np.fromiter((self._hash(self.id(i)) for i in range(len(self))), np.uint64, len(self))
         self._order = np.argsort(hashes, kind="stable")
         self._hashes = hashes[self._order]
-        for at in np.flatnonzero(self._hashes[1:] == self._hashes[:-1]):
-            first, second = sorted(self._order[at : at + 2].tolist())
-            if self.id(first) == self.id(second):
-                where = f"{paths.shown(self.path)}:{lines[second]}"
-                raise BadInput(f"{where}: passage id {self.id(second)!r} was already used on line {lines[first]}")
         self._file = self.path.open("rb")
+        for at in np.flatnonzero(self._hashes[1:] == self._hashes[:-1]) + 1:
+            second = int(self._order[at])
+            first = self.position(self.id(second))
+            if first is not None and first != second:
+                where = f"{paths.shown(self.path)}:{self._line(second)}"
+                raise BadInput(f"{where}: passage id {self.id(second)!r} was already used on line {self._line(first)}")
 
     @staticmethod
     def _hash(passage_id: str) -> int:
@@ -160,6 +169,11 @@ class Corpus:
     def _text(row: jsonl.Row) -> str:
         """What the encoder and the teacher see: title and text, as BEIR joins them."""
         return f"{row.get('title') or ''} {row['text']}".strip()
+
+    def _line(self, position: int) -> int:
+        """Number of the line that a passage stands on, for messages."""
+        self._file.seek(0)
+        return self._file.read(int(self._starts[position])).count(b"\n") + 1
 
     def __len__(self) -> int:
         return len(self._starts)
@@ -236,8 +250,9 @@ def load_queries(ds: str) -> dict[str, str]:
 
 
 def load_split(ds: str, split: str, corpus: Corpus | None = None, strict: bool = False) -> tuple[dict[str, str], Qrels]:
-    """Queries and judgements of one split. Ids that the dataset lacks are dropped, counted and
-    named; with `strict` they are `BadInput`. Passage ids are checked where a corpus is given."""
+    """Queries and judgements of one split. Judgements of unknown queries are dropped; those of
+    unknown passages stay (no system can find them, as in trec_eval) and are looked for where a
+    corpus is given. Both are counted and named; with `strict` they are `BadInput`."""
     ensure(ds)
     qrels, texts = load_qrels(ds, split), load_queries(ds)
     where = paths.shown(paths.qrels(ds, split))
@@ -252,7 +267,8 @@ def load_split(ds: str, split: str, corpus: Corpus | None = None, strict: bool =
 
 def _report_unknown(where: str, what: str, ids: list[str], strict: bool) -> None:
     if ids:
-        message = f"{where}: {len(ids)} judged {what} are not in the dataset, e.g. {', '.join(map(repr, ids[:3]))}"
+        unique = list(dict.fromkeys(ids))
+        message = f"{where}: {len(unique)} judged {what} are not in the dataset, e.g. {', '.join(map(repr, unique[:3]))}"
         if strict:
             raise BadInput(message)
         print(f"warning: {message}", flush=True)

@@ -9,13 +9,14 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from syntriever.errors import BadInput, Failed
-from syntriever.paths import shown
+from syntriever.paths import home, shown
 
 Row = dict[str, Any]
 
@@ -28,6 +29,10 @@ def parse(line: bytes, path: Path, number: int, fields: dict[str, type | tuple[t
     """Row of one line, with every name of `fields` present and of its type, else `BadInput`."""
     try:
         row = json.loads(line.decode("utf-8"), parse_constant=_reject_constant)
+        if b"\\u" in line:
+            json.dumps(row, ensure_ascii=False).encode()  # half of a surrogate pair is JSON, but no text
+    except UnicodeEncodeError:
+        raise BadInput(f"{shown(path)}:{number}: holds half of a surrogate pair (\\ud800 to \\udfff)") from None
     except UnicodeDecodeError as error:
         raise BadInput(f"{shown(path)}:{number}: not UTF-8 ({error.reason} at byte {error.start})") from None
     except (ValueError, RecursionError) as error:
@@ -73,18 +78,21 @@ def dumps(row: Row) -> bytes:
 @contextmanager
 def atomic(path: Path) -> Iterator[BinaryIO]:
     """Binary file that appears as `path` only when the block ends well and all bytes are on disk."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with temporary.open("wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        raise Failed(f"cannot write {shown(path)}: {error.strerror}; the previous file is untouched") from error
+        if error.filename not in (None, str(temporary), str(path), str(path.parent)):
+            raise  # not this file: something the block read
+        raise Failed(f"cannot write {shown(path)}: {error.strerror or error}; the previous file is untouched") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        if temporary.exists():
+            temporary.unlink()
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -124,32 +132,43 @@ class Table:
         return parse(self._file.readline(), self.path, number, self.fields)
 
 
+def mend(path: Path) -> None:
+    """Cut off the torn last line that a kill may have left; a complete one only lacks its newline."""
+    with path.open("r+b") as file:
+        end = position = file.seek(0, os.SEEK_END)
+        found = -1
+        while position > 0 and found < 0:
+            start = max(0, position - 65536)
+            file.seek(start)
+            found = file.read(position - start).rfind(b"\n")
+            position = start
+        last = position + found + 1 if found >= 0 else 0
+        if last == end:
+            return
+        file.seek(last)
+        try:
+            json.loads(file.read())
+            file.write(b"\n")
+        except ValueError:
+            file.truncate(last)
+
+
 class Appender:
     """Append-only JSONL of a resumable stage: each row is complete on disk or not there.
 
-    Opening mends the torn last line a kill may have left. A row is flushed to the kernel when it
-    is added (safe against a killed process) and synced on `close` (safe against a lost machine).
+    A row is with the kernel when `add` returns (safe against a killed process), and synced every
+    few seconds and on `close` (safe against a lost machine).
     """
+
+    SYNC_SECONDS = 5.0
 
     def __init__(self, path: Path) -> None:
         self.path = path
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = path.open("a+b", buffering=0)
-        end = self._file.seek(0, os.SEEK_END)
-        self.size = self._end_of_last_line(end)
-        if self.size != end:
-            self._file.truncate(self.size)
-
-    def _end_of_last_line(self, end: int) -> int:
-        position = end
-        while position > 0:
-            start = max(0, position - 65536)
-            self._file.seek(start)
-            found = self._file.read(position - start).rfind(b"\n")
-            if found >= 0:
-                return start + found + 1
-            position = start
-        return 0
+        self._file = path.open("ab", buffering=0)
+        mend(path)
+        self.size = self._file.seek(0, os.SEEK_END)
+        self._synced = time.monotonic()
 
     def add(self, row: Row) -> None:
         """Append one row. On a full disk the file is cut back to its last complete row."""
@@ -162,6 +181,9 @@ class Appender:
             self._file.truncate(self.size)
             raise Failed(f"cannot write {shown(self.path)}: {error.strerror}; rerun to resume") from error
         self.size += len(line)
+        if time.monotonic() - self._synced > self.SYNC_SECONDS:
+            os.fsync(self._file.fileno())
+            self._synced = time.monotonic()
 
     def close(self) -> None:
         os.fsync(self._file.fileno())
@@ -177,8 +199,9 @@ class Appender:
 @contextmanager
 def lock(path: Path) -> Iterator[None]:
     """One writer per output. The kernel drops the lock with its owner, so a dead owner blocks nobody."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.with_name(f".{path.name}.lock").open("a+") as file:
+    locks = home() / ".locks"
+    locks.mkdir(parents=True, exist_ok=True)
+    with (locks / shown(path).replace("/", "_")).open("a+") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -13,7 +13,7 @@ import asyncio
 import re
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Protocol, TypeVar
@@ -108,13 +108,32 @@ class Asker:
         self.teacher, self.ledger, self.max_requests = teacher, ledger, max_requests
         self.counts: Counter[str] = Counter()
         self.started = time.monotonic()
+        self._in_flight: dict[str, asyncio.Task[Reply]] = {}
 
     async def ask(self, request: Request) -> Reply:
-        """Reply to one request, from the ledger where it was already received."""
+        """Reply to one request, from the ledger where it was already received. The same request
+        asked twice at once is sent once."""
         key = request.key(self.teacher.model)
         if self.ledger and (known := self.ledger.get(key)):
             self.counts["from the ledger"] += 1
             return known
+        if key not in self._in_flight:
+            task = asyncio.create_task(self._send(key, request))
+            self._in_flight[key] = task
+            task.add_done_callback(lambda _: self._in_flight.pop(key))
+        return await self._in_flight[key]
+
+    async def ask_all(self, requests: Iterable[Request]) -> list[Reply]:
+        """Replies to several requests at once, verdicts to those with choices. All are waited for,
+        and so recorded, before an error of one is raised."""
+        asked = (self.ask_verdict(request) if request.choices else self.ask(request) for request in requests)
+        replies = await asyncio.gather(*asked, return_exceptions=True)
+        for reply in replies:
+            if isinstance(reply, BaseException):
+                raise reply
+        return replies  # type: ignore[return-value]
+
+    async def _send(self, key: str, request: Request) -> Reply:
         if self.teacher.live and self.max_requests is not None and self.counts["requests"] >= self.max_requests:
             raise Failed(f"stopped at --max-requests {self.max_requests}; run again with a higher one to go on")
         self.counts["requests"] += self.teacher.live
@@ -130,14 +149,15 @@ class Asker:
         """Reply whose text is one of `request.choices`. Anything else is asked once more, with the
         grammar spelled out, and then fails with the reason `unparsable`; it is never guessed."""
         reply = await self.ask(request)
-        if not reply.reason and parse_verdict(reply.text, request.choices) is None:
+        # A judge that talks is cut off at a few tokens: unparsable too, not a failed request.
+        if reply.reason in ("", "length") and parse_verdict(reply.text, request.choices) is None:
             reminder = f"\n\nAnswer with exactly one word and nothing else: {' or '.join(request.choices)}."
             second = await self.ask(replace(request, prompt=request.prompt + reminder))
             reply = replace(second, attempts=reply.attempts + second.attempts)
-        if reply.reason:
+        if reply.reason not in ("", "length"):
             return reply
         verdict = parse_verdict(reply.text, request.choices)
-        return replace(reply, text=verdict) if verdict else replace(reply, reason="unparsable")
+        return replace(reply, text=verdict, reason="") if verdict else replace(reply, reason="unparsable")
 
     def summary(self) -> str:
         seconds = time.monotonic() - self.started
@@ -157,13 +177,22 @@ def fill(prompt: str, **texts: str) -> str:
 
 
 def work_through(items: Iterable[T], work: Callable[[T], Awaitable[None]], teacher: Teacher) -> None:
-    """Run `work` on every item, as many at a time as the teacher takes. The first error stops all
-    and is raised."""
+    """Run `work` on every item, as many at a time as the teacher takes.
+
+    After the first `BadInput` or `Failed` nothing new is begun; what is in flight is waited for, so
+    that its replies are kept, and then the error is raised.
+    """
     iterator = iter(items)
+    errors: list[BadInput | Failed] = []
 
     async def worker() -> None:
         for item in iterator:
-            await work(item)
+            try:
+                await work(item)
+            except (BadInput, Failed) as error:
+                errors.append(error)
+            if errors:
+                return
 
     async def all_workers() -> None:
         try:
@@ -173,13 +202,9 @@ def work_through(items: Iterable[T], work: Callable[[T], Awaitable[None]], teach
         finally:
             await teacher.close()
 
-    try:
-        asyncio.run(all_workers())
-    except* (BadInput, Failed) as errors:
-        first = errors
-        while isinstance(first, BaseExceptionGroup):
-            first = first.exceptions[0]  # type: ignore[assignment]
-        raise first from None
+    asyncio.run(all_workers())
+    if errors:
+        raise errors[0]
 
 
 # Reasons that say something about the data, not that a request went wrong.
@@ -188,13 +213,14 @@ BENIGN = {"not_recorded", "tie", "disagreement"}
 
 def append_rows(
     output: Path,
-    items: Sequence[T],
+    items: Iterable[T],
+    total: int,
     work: Callable[[Asker, T], Awaitable[jsonl.Row]],
     teacher: Teacher,
     args: argparse.Namespace,
     unit: str,
 ) -> Counter[str]:
-    """Run `work` on every item and append its row to `output` as soon as it is complete.
+    """Run `work` on each of the `total` items and append its row to `output` as soon as it is complete.
 
     A row with a "reason" goes to the failed file beside the output instead (`not_recorded` is only
     counted). Returns how many rows were "written" and how many had each reason.
@@ -208,7 +234,7 @@ def append_rows(
     with (
         jsonl.Appender(output) as rows,
         jsonl.Appender(paths.failed(output)) as failures,
-        tqdm(total=len(items), unit=unit) as bar,
+        tqdm(total=total, unit=unit) as bar,
     ):
 
         async def work_and_write(item: T) -> None:
@@ -231,8 +257,9 @@ def append_rows(
     return counts
 
 
-def check_failures(counts: Counter[str], output: Path, limit: float) -> None:
-    """Report what failed; `Failed` where it is more than the share `limit` of the rows."""
+def check_failures(counts: Counter[str], done: int, output: Path, limit: float) -> None:
+    """Report what failed; `Failed` where it is more than the share `limit` of all rows, those that
+    were `done` before this run among them."""
     failed = {reason: number for reason, number in counts.items() if reason != "written" and reason not in BENIGN}
     total = sum(failed.values())
     if total:
@@ -240,5 +267,5 @@ def check_failures(counts: Counter[str], output: Path, limit: float) -> None:
         stage.say(
             f"       {total} failed ({named}), see {paths.shown(paths.failed(output))}; run again to ask what never arrived"
         )
-    if total > limit * counts.total():
-        raise Failed(f"{total} of {counts.total()} rows failed, more than --max-failure-rate {limit:g}")
+    if total > limit * (counts.total() + done):
+        raise Failed(f"{total} of {counts.total() + done} rows failed, more than --max-failure-rate {limit:g}")

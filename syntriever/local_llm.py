@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import importlib.util
 import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,7 @@ class LocalTeacher:
         self._task: asyncio.Task[None] | None = None
         self._stop = threading.Event()
         self._lm: Any = None
+        self._ends: set[int] = set()
 
     async def answer(self, request: Request) -> Reply:
         future = asyncio.get_running_loop().create_future()
@@ -77,9 +79,8 @@ class LocalTeacher:
             self._waiting.sort(key=lambda pair: (bool(pair[0].choices), pair[0].temperature, len(pair[0].prompt)))
             kind = (bool(self._waiting[-1][0].choices), self._waiting[-1][0].temperature)
             batch = [p for p in self._waiting if (bool(p[0].choices), p[0].temperature) == kind][-self._batch_size :]
-            run = self._verdicts if kind[0] else self._generate
             try:
-                replies = await asyncio.to_thread(run, [request for request, _ in batch])
+                replies = await asyncio.to_thread(self._answer, [request for request, _ in batch])
             except asyncio.CancelledError:
                 self._stop.set()  # the thread leaves its generation loop at the next token
                 raise
@@ -103,29 +104,32 @@ class LocalTeacher:
             self._tokenizer.pad_token = self._tokenizer.eos_token
         lm: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **extra)
         self._lm = lm.to(device).eval()
+        # Chat models often end on another token than their tokenizer names.
+        ends = self._lm.generation_config.eos_token_id or []
+        self._ends = {self._tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
         torch.manual_seed(self._seed)
 
-    def _encode(self, requests: list[Request]) -> Any:
-        prompts = [
-            self._tokenizer.apply_chat_template(
-                [{"role": "user", "content": r.prompt}], tokenize=False, add_generation_prompt=True
-            )
-            for r in requests
-        ]
-        room = self._lm.config.max_position_embeddings - max(r.max_tokens for r in requests)
-        encoded = self._tokenizer(prompts, return_tensors="pt", padding=True, add_special_tokens=False)
-        if encoded["input_ids"].shape[1] > room:
-            raise BadInput(f"--llm {self.model}: a prompt of {encoded['input_ids'].shape[1]} tokens leaves no room to answer")
-        return encoded.to(self._lm.device)
+    def _answer(self, requests: list[Request]) -> list[Reply]:
+        """Replies to one batch; a prompt that leaves no room to answer fails alone."""
+        chats = [[{"role": "user", "content": request.prompt}] for request in requests]
+        prompts = [self._tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True) for chat in chats]
+        tokens = self._tokenizer(prompts, add_special_tokens=False)["input_ids"]
+        room = self._lm.config.max_position_embeddings
+        fits = [n for n, request in enumerate(requests) if len(tokens[n]) + request.max_tokens <= room]
+        replies = [Reply(reason="context_length", finish_reason="error")] * len(requests)
+        if fits:
+            encoded = self._tokenizer.pad({"input_ids": [tokens[n] for n in fits]}, return_tensors="pt").to(self._lm.device)
+            run = self._verdicts if requests[0].choices else self._generate
+            for n, reply in zip(fits, run([requests[n] for n in fits], encoded), strict=True):
+                replies[n] = replace(reply, prompt_tokens=len(tokens[n]))
+        return replies
 
-    def _generate(self, requests: list[Request]) -> list[Reply]:
+    def _generate(self, requests: list[Request], encoded: Any) -> list[Reply]:
         import torch
 
-        encoded = self._encode(requests)
         sampling: dict[str, Any] = {"do_sample": False}
         if requests[0].temperature > 0:
             sampling = {"do_sample": True, "temperature": requests[0].temperature, "top_k": 0, "top_p": 1.0}
-        width, tokenizer = encoded["input_ids"].shape[1], self._tokenizer
 
         def interrupted(ids: Any, scores: Any, **_: Any) -> Any:
             return torch.full((ids.shape[0],), self._stop.is_set(), device=ids.device)
@@ -134,36 +138,32 @@ class LocalTeacher:
             output = self._lm.generate(
                 **encoded,
                 **sampling,
-                max_new_tokens=max(r.max_tokens for r in requests),
-                pad_token_id=tokenizer.pad_token_id,
+                max_new_tokens=max(request.max_tokens for request in requests),
+                eos_token_id=sorted(self._ends),
+                pad_token_id=self._tokenizer.pad_token_id,
                 stopping_criteria=[interrupted],
             )
         replies = []
-        for request, prompt, tokens in zip(
-            requests, encoded["attention_mask"].sum(1).tolist(), output[:, width:].tolist(), strict=True
-        ):
-            end = next((i for i, token in enumerate(tokens) if token == tokenizer.eos_token_id), None)
+        for request, tokens in zip(requests, output[:, encoded["input_ids"].shape[1] :].tolist(), strict=True):
+            end = next((i for i, token in enumerate(tokens) if token in self._ends), None)
             complete = end is not None and end <= request.max_tokens
             kept = tokens[: end if complete else request.max_tokens]
-            text = str(tokenizer.decode(kept, skip_special_tokens=True)).strip()
+            text = str(self._tokenizer.decode(kept, skip_special_tokens=True)).strip()
             reason = "length" if not complete else "" if text else "empty"
-            replies.append(Reply(text, reason, "stop" if complete else "length", int(prompt), len(kept)))
+            replies.append(Reply(text, reason, "stop" if complete else "length", completion_tokens=len(kept)))
         return replies
 
-    def _verdicts(self, requests: list[Request]) -> list[Reply]:
+    def _verdicts(self, requests: list[Request], encoded: Any) -> list[Reply]:
         """The likeliest choice of each request, from the first token's logits."""
         import torch
 
-        encoded = self._encode(requests)
         with torch.inference_mode():
             logits = self._lm(**encoded, logits_to_keep=1).logits[:, -1].float()
         replies = []
-        for request, row, prompt in zip(requests, logits, encoded["attention_mask"].sum(1).tolist(), strict=True):
+        for request, row in zip(requests, logits, strict=True):
             scores = {}
             for choice in request.choices:
                 firsts = {self._tokenizer.encode(form, add_special_tokens=False)[0] for form in (choice, choice.capitalize())}
                 scores[choice] = max(row[token].item() for token in firsts)
-            replies.append(
-                Reply(max(scores, key=lambda c: scores[c]), finish_reason="stop", prompt_tokens=int(prompt), completion_tokens=1)
-            )
+            replies.append(Reply(max(scores, key=lambda c: scores[c]), finish_reason="stop", completion_tokens=1))
         return replies

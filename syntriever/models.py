@@ -56,7 +56,8 @@ class ModelRef:
 
 
 def is_own(model: str) -> bool:
-    return model.endswith(("-sft", "-final"))
+    """Whether a name stands for a checkpoint of this project (a Hub id never does)."""
+    return model.endswith(("-sft", "-final")) and "/" not in model
 
 
 def resolve(model: str, ds: str, name: str | None = None) -> ModelRef:
@@ -64,6 +65,8 @@ def resolve(model: str, ds: str, name: str | None = None) -> ModelRef:
 
     Nothing is loaded. Raises `BadInput` naming what is missing and the command that makes it.
     """
+    if name is not None:
+        paths.check_name(name, "model")
     if is_own(model) and not Path(model).is_dir():
         paths.check_name(model, "model")
         folder = paths.model_output(f"{model}-{ds}")
@@ -85,7 +88,9 @@ def resolve(model: str, ds: str, name: str | None = None) -> ModelRef:
             raise BadInput(f"{model} is not a checkpoint: it needs config.json and model.safetensors")
         return ModelRef(paths.check_name(name or folder.name, "model"), str(folder), _prefixes_of(folder.name))
     if re.fullmatch(r"[\w.-]+/[\w.-]+", model):
-        return ModelRef(paths.check_name(name or model.split("/")[1].lower(), "model"), model, _prefixes_of(model.split("/")[1]))
+        known = dict(ALIASES.values()).get(model)
+        short = model.split("/")[1]
+        return ModelRef(paths.check_name(name or short.lower(), "model"), model, known or _prefixes_of(short))
     raise BadInput(
         f"unknown model {model!r}: not a folder, not a Hub id (owner/name), and not one of {', '.join(ALIASES)}, X-sft, X-final"
     )

@@ -19,7 +19,7 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 def home() -> Path:
     """Folder that holds `datasets/`, `stage2/`, `output/` and `results/`."""
-    return Path(os.environ.get("SYNTRIEVER_HOME", CODE)).resolve()
+    return Path(os.environ.get("SYNTRIEVER_HOME") or CODE).expanduser().resolve()
 
 
 def check_name(name: str, what: str = "dataset") -> str:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import itertools
 import json
 import os
 import platform
+import shlex
 import subprocess
 import sys
 import time
@@ -35,10 +37,18 @@ def run(main: Callable[[argparse.Namespace], None], parse_args: Callable[[], arg
     except Failed as error:
         print(f"failed: {error}", file=sys.stderr)
         return 1
+    except OSError as error:
+        print(f"failed: {error.filename or 'writing'}: {error.strerror or error}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("\ninterrupted; what is complete was kept, run the same command to go on", file=sys.stderr)
         return 130
     return 0
+
+
+def parser(doc: str) -> argparse.ArgumentParser:
+    """Strict parser of a script, described by its docstring."""
+    return argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
 
 
 def say(*words: object) -> None:
@@ -79,25 +89,27 @@ class Record:
     def resumes(self, output: Path, settings: dict[str, Any], force: bool) -> bool:
         """Whether `output` exists and can be appended to: it was made under the same `settings`.
 
-        Otherwise `BadInput` names what changed; `force` sets the old file aside. From here on until
-        `write`, the output counts as unfinished.
+        Otherwise `BadInput` names what changed; `force` sets the old file aside. Changed inputs
+        (`reads`) count as changed settings. From here on until `write`, the output is unfinished.
         """
-        self.settings = settings
+        self.settings = settings | {name: read["sha256"][:12] for name, read in self.inputs.items()}
         resumed = output.is_file() and output.stat().st_size > 0
         if resumed:
+            jsonl.mend(output)
             was = (load_record(output) or {}).get("settings")
             if was is None:
                 message = f"{paths.shown(output)} was not made by this script (no {paths.run_json(output).name} beside it)"
             else:
-                changed = [
-                    f"{name} was {was.get(name)!r} and is now {now!r}" for name, now in settings.items() if was.get(name) != now
-                ]
-                message = f"{paths.shown(output)} was made with other settings: {'; '.join(changed)}" if changed else ""
+                pairs = ((name, was.get(name), now) for name, now in self.settings.items())
+                changed = "; ".join(f"{name} was {then!r} and is now {now!r}" for name, then, now in pairs if then != now)
+                message = f"{paths.shown(output)} was made with other settings: {changed}" if changed else ""
+            names = itertools.chain([f"{output.name}.old"], (f"{output.name}.old{n}" for n in itertools.count(2)))
+            aside = next(path for path in map(output.with_name, names) if not path.exists())
             if message and not force:
-                raise BadInput(f"{message}.\nPass --force to start anew (the old file is kept as {output.name}.old)")
+                raise BadInput(f"{message}.\nPass --force to start anew (the old file is kept as {aside.name})")
             if message:
-                say(f"note:  {message}; it is kept as {output.name}.old")
-                output.rename(output.with_name(output.name + ".old"))
+                say(f"note:  {message}; it is kept as {aside.name}")
+                output.rename(aside)
                 resumed = False
         self.write(output, complete=False)
         return resumed
@@ -156,22 +168,29 @@ def load_record(output: Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     try:
-        return dict(json.loads(path.read_bytes()))
-    except ValueError as error:
-        raise BadInput(f"{paths.shown(path)}: not JSON ({error}); run the stage that made it again") from None
+        record = json.loads(path.read_bytes())
+    except ValueError:
+        record = None
+    if not isinstance(record, dict):
+        raise BadInput(f"{paths.shown(path)}: not the record of a run; run the stage that made it again")
+    return record
 
 
-def check_fresh(outputs: Iterable[Path], force: bool) -> None:
-    """Refuse an input whose own inputs have changed since it was made (`--force` goes on).
+def check_fresh(outputs: Iterable[Path], force: bool, seen: set[Path] | None = None) -> None:
+    """Refuse an input whose own inputs have changed since it was made (`--force` goes on). An input
+    that is gone is no reason to refuse: it may have been removed to save space.
 
     Raises `BadInput` that names the stale file, what changed and the command that mends it.
     """
+    seen = set() if seen is None else seen
     for output in outputs:
-        record = load_record(output)
+        record = None if paths.run_json(output) in seen else load_record(output)
         if record is None:
             continue
-        command = " ".join(record.get("command", []))
-        problems = [] if record.get("complete", True) else [f"{paths.shown(output)} is unfinished: its stage was interrupted"]
+        seen.add(paths.run_json(output))
+        command = shlex.join(record.get("command", []))
+        unfinished = f"{paths.shown(output)} is unfinished: its stage was interrupted, or too many of its rows failed"
+        problems = [] if record.get("complete", True) else [unfinished]
         for name, was in record.get("inputs", {}).items():
             path = paths.home() / name
             if path.is_file() and _changed(path, was):
@@ -180,12 +199,13 @@ def check_fresh(outputs: Iterable[Path], force: bool) -> None:
             if not force:
                 raise BadInput(f"{problem}.\nRun again: python {command}   (or pass --force to go on)")
             say(f"warning: {problem}; going on because of --force")
-        check_fresh((paths.home() / name for name in record.get("inputs", {})), force)
+        check_fresh((paths.home() / name for name in record.get("inputs", {})), force, seen)
 
 
 def _changed(path: Path, was: dict[str, Any]) -> bool:
     now = path.stat()
-    return (now.st_size, now.st_mtime_ns) != (was["size"], was["mtime_ns"]) and sha256(path) != was["sha256"]
+    same = (now.st_size, now.st_mtime_ns) == (was.get("size"), was.get("mtime_ns"))
+    return not same and sha256(path) != was.get("sha256")
 
 
 def next_command(*words: str) -> None:

@@ -55,7 +55,8 @@ class ReplayTeacher:
 class OpenAITeacher:
     """Any OpenAI-compatible server through the official client. The key comes from the environment.
 
-    The first request goes alone: a wrong key or model costs one request. 429 pauses all workers.
+    The first request goes alone: a wrong key, model or address costs one request. 429 pauses all
+    workers and does not count as an attempt. What ends the run is raised once and stops the rest.
     """
 
     live = True
@@ -75,105 +76,147 @@ class OpenAITeacher:
         self._limit_name = "max_tokens" if base_url else "max_completion_tokens"
         self._send_temperature = True
         self._slots = asyncio.Semaphore(concurrency)
-        self._proven = False
         self._probe = asyncio.Lock()
+        self._proven = False
+        self._stopped: BadInput | Failed | None = None
         self._paused_until = 0.0
+        self._lost = 0  # requests in a row that got no answer at all
 
     async def answer(self, request: Request) -> Reply:
         if not self._proven:
             async with self._probe:
                 if not self._proven:
-                    reply = await self._try_often(request)
+                    reply = await self._answer(request)
+                    if not reply.finish_reason:
+                        raise self._stop(Failed(f"the server at {self._client.base_url} does not answer ({reply.reason})"))
                     self._proven = True
                     return reply
         async with self._slots:
-            return await self._try_often(request)
+            return await self._answer(request)
+
+    async def _answer(self, request: Request) -> Reply:
+        reply = await self._try_often(request)
+        self._lost = 0 if reply.finish_reason else self._lost + 1
+        if self._lost > max(20, self.concurrency):
+            raise self._stop(Failed(f"{self._lost} requests in a row got no answer ({reply.reason}); run again to go on"))
+        return reply
 
     async def close(self) -> None:
         await self._client.close()
 
+    def _stop(self, error: BadInput | Failed) -> BadInput | Failed:
+        self._stopped = error
+        return error
+
     async def _try_often(self, request: Request) -> Reply:
         import openai
 
-        reason = ""
-        for attempt in range(1, self._attempts + 1):
+        attempt, reason, since = 1, "", time.monotonic()
+        while True:
             while (wait := self._paused_until - time.monotonic()) > 0:
-                await asyncio.sleep(wait + random.random() * 0.1)
-            backoff = random.uniform(0.5, 1.0) * min(60.0, 2.0 ** (attempt - 1))
+                # Workers wake spread out, or they would run into the same limit together.
+                await asyncio.sleep(wait + random.random() * min(1.0, 0.01 * self.concurrency))
+            if self._stopped:
+                raise self._stopped
+            wait = random.uniform(0.5, 1.0) * min(60.0, 2.0 ** (attempt - 1))
+            sent = self._limit_name, self._send_temperature
             try:
-                return replace(_read(await self._send(request)), attempts=attempt)
+                return replace(_read(await self._send(request, *sent)), attempts=attempt)
             except openai.RateLimitError as error:
                 if error.code == "insufficient_quota":
-                    raise Failed(f"{self.model}: the account's quota is used up; add credit and run again") from None
-                reason = "rate_limited"
-                self._paused_until = max(self._paused_until, time.monotonic() + _retry_after(error, backoff))
-            except (openai.AuthenticationError, openai.PermissionDeniedError):
-                raise BadInput(f"--llm {self.model}: the server refused the key in OPENAI_API_KEY") from None
-            except openai.NotFoundError:
-                raise BadInput(f"--llm {self.model}: the server at {self._client.base_url} has no such model") from None
-            except openai.BadRequestError as error:
-                if self._adapt(error):
+                    message = f"{self.model}: the account's quota is used up; add credit and run again"
+                    raise self._stop(Failed(message)) from None
+                self._pause(_retry_after(error, wait))
+                if time.monotonic() - since < RATE_LIMIT_PATIENCE:
                     continue
-                return Reply(
-                    reason="context_length" if error.code == "context_length_exceeded" else "bad_request", attempts=attempt
-                )
+                reason = "rate_limited"
+            except (openai.AuthenticationError, openai.PermissionDeniedError):
+                raise self._stop(BadInput(f"--llm {self.model}: the server refused the key in OPENAI_API_KEY")) from None
+            except openai.NotFoundError:
+                message = f"--llm {self.model}: the server at {self._client.base_url} has no such model (or no such path)"
+                raise self._stop(BadInput(message)) from None
             except openai.APITimeoutError:
                 reason = "timeout"
             except openai.APIStatusError as error:
+                if self._adapt(error, *sent):
+                    continue
+                if error.status_code < 500 and error.status_code not in (408, 409):
+                    return Reply(reason=_refused(error), finish_reason="error", attempts=attempt)
                 reason = f"http_{error.status_code}"
+                wait = _retry_after(error, wait)
             except openai.APIConnectionError:
                 reason = "connection"
             except (openai.APIError, ValueError):  # HTML, cut-off JSON, no choices
                 reason = "bad_body"
-            if reason != "rate_limited":
-                await asyncio.sleep(backoff)
-        return Reply(reason=reason, attempts=self._attempts)
+            if attempt >= self._attempts:
+                return Reply(reason=reason, attempts=attempt)
+            attempt += 1
+            await asyncio.sleep(wait)
 
-    async def _send(self, request: Request) -> Any:
-        settings: dict[str, Any] = {self._limit_name: request.max_tokens}
-        if self._send_temperature:
+    def _pause(self, seconds: float) -> None:
+        """Hold all workers for as long as the server asked."""
+        if seconds > RATE_LIMIT_PATIENCE:
+            raise self._stop(Failed(f"{self.model}: the server asks to wait {seconds:,.0f} s; run again later"))
+        if seconds > 5 and time.monotonic() + seconds > self._paused_until + 1:
+            stage.say(f"note:  the server asks to wait {seconds:.0f} s")
+        self._paused_until = max(self._paused_until, time.monotonic() + seconds)
+
+    async def _send(self, request: Request, limit_name: str, send_temperature: bool) -> Any:
+        settings: dict[str, Any] = {limit_name: request.max_tokens}
+        if send_temperature:
             settings["temperature"] = request.temperature
         messages = [{"role": "user", "content": request.prompt}]
         return await self._client.chat.completions.create(model=self.model, messages=messages, **settings)  # type: ignore[arg-type]
 
-    def _adapt(self, error: Any) -> bool:
-        """Drop a setting this model does not take, once and aloud; False where that is not the error."""
+    def _adapt(self, error: Any, limit_name: str, send_temperature: bool) -> bool:
+        """Change a setting that this model refused, aloud; False where that was not the error."""
+        if error.status_code != 400:
+            return False
         message = str(error.message)
-        if self._limit_name in message and "max_" in self._limit_name:
-            other = {"max_tokens": "max_completion_tokens", "max_completion_tokens": "max_tokens"}[self._limit_name]
-            if other not in message:
-                return False
-            stage.say(f"note: {self.model} takes {other} instead of {self._limit_name}")
-            self._limit_name = other
+        other = {"max_tokens": "max_completion_tokens", "max_completion_tokens": "max_tokens"}[limit_name]
+        if limit_name in message and other in message:
+            if self._limit_name == limit_name:
+                stage.say(f"note:  {self.model} takes {other} instead of {limit_name}")
+                self._limit_name = other
             return True
-        if "temperature" in message and self._send_temperature:
-            stage.say(f"note: {self.model} takes no temperature; its default is used")
-            self._send_temperature = False
+        if "temperature" in message and send_temperature:
+            if self._send_temperature:
+                stage.say(f"note:  {self.model} takes no temperature; its default is used")
+                self._send_temperature = False
             return True
         return False
 
 
+# Seconds of being told to wait (429) after which a request, or the whole run, gives up.
+RATE_LIMIT_PATIENCE = 900.0
+
+
+def _refused(error: Any) -> str:
+    """Why a server refuses one request for good (4xx)."""
+    message = str(error.message).lower()
+    if error.code == "context_length_exceeded" or "context length" in message or "maximum context" in message:
+        return "context_length"
+    return "content_filter" if error.code == "content_filter" else "bad_request"
+
+
 def _read(completion: Any) -> Reply:
     """Reply of a chat completion; `ValueError` where the body is not one."""
-    if not getattr(completion, "choices", None):
-        raise ValueError("no choices")
-    choice = completion.choices[0]
-    text, finish = choice.message.content or "", choice.finish_reason or "stop"
+    try:
+        choice, usage = completion.choices[0], completion.usage
+        text, refusal = choice.message.content or "", getattr(choice.message, "refusal", None)
+        finish = choice.finish_reason or "stop"
+        tokens = {name: int(getattr(usage, name, 0) or 0) for name in ("prompt_tokens", "completion_tokens")}
+        text = text.encode("utf-8", "replace").decode()  # half of a surrogate pair could not be stored
+    except (AttributeError, TypeError, IndexError) as error:
+        raise ValueError("not a chat completion") from error
     reason = ""
-    if getattr(choice.message, "refusal", None):
+    if refusal:
         reason = "refusal"
     elif finish in ("length", "content_filter"):
         reason = finish
     elif not text.strip():
         reason = "empty"
-    usage = completion.usage
-    return Reply(
-        text=text.strip(),
-        reason=reason,
-        finish_reason=finish,
-        prompt_tokens=usage.prompt_tokens if usage else 0,
-        completion_tokens=usage.completion_tokens if usage else 0,
-    )
+    return Reply(text.strip(), reason, finish, **tokens)
 
 
 def _retry_after(error: Any, default: float) -> float:
@@ -190,13 +233,14 @@ def _retry_after(error: Any, default: float) -> float:
         return default
 
 
-def default_llm(ds: str, wanted: str | None) -> str:
-    """The teacher's name: as asked for, else gpt-4o, else the recorded answers where no key is set."""
+def default_llm(ds: str, wanted: str | None, base_url: str | None = None) -> str:
+    """The teacher's name: as asked for, else gpt-4o, else the recorded answers where no key or
+    server is given."""
     if wanted:
         return wanted
-    if os.environ.get("OPENAI_API_KEY") or not paths.recorded(ds).is_dir():
+    if base_url or os.environ.get("OPENAI_BASE_URL") or os.environ.get("OPENAI_API_KEY") or not paths.recorded(ds).is_dir():
         return "gpt-4o"
-    stage.say(f"note: OPENAI_API_KEY is not set; using the recorded answers that ship for {ds} (--llm replay)")
+    stage.say(f"note:  OPENAI_API_KEY is not set; using the recorded answers that ship for {ds} (--llm replay)")
     return "replay"
 
 

@@ -523,15 +523,15 @@ def test_resuming_needs_the_same_settings(data, capsys):
 
     assert not resumes()
     assert stage.load_record(output)["complete"] is False
-    output.write_text("old")
+    output.write_text('{"a": "old"}\n')
     assert resumes()
     with pytest.raises(BadInput, match=r"out\.jsonl was made with other settings: llm was 'gpt-4o' and is now 'o3'\.\n.*--force"):
         resumes(llm="o3")
-    assert (output.read_text(), stage.load_record(output)["settings"]) == ("old", settings)
+    assert (output.read_text(), stage.load_record(output)["settings"]) == ('{"a": "old"}\n', settings)
     assert not resumes(llm="o3", force=True)
-    assert (output.exists(), (data / "out.jsonl.old").read_text()) == (False, "old")
+    assert (output.exists(), (data / "out.jsonl.old").read_text()) == (False, '{"a": "old"}\n')
     assert "it is kept as out.jsonl.old" in capsys.readouterr().out
-    output.write_text("new")
+    output.write_text('{"a": "new"}\n')
     assert resumes(llm="o3", force=True)  # nothing has changed, so nothing is set aside
     (data / "out.jsonl.run.json").unlink()
     with pytest.raises(BadInput, match="was not made by this script"):

@@ -172,7 +172,7 @@ def test_nothing_is_asked_twice_and_an_edit_asks_only_what_it_touches(lab, run):
         for edited, expected in (("cot", {"cot": 12}), ("positive", {"positive": 12, "verify": 12})):
             prompts = {edited: load_script(SYNTHESIS).PROMPTS[edited] + " Please."}
             (lab / "prompts.json").write_text(json.dumps(prompts))
-            assert "prompts was" in run(server, SYNTHESIS, "--prompts", lab / "prompts.json", code=2)
+            assert "prompt of cot was" in run(server, SYNTHESIS, "--prompts", lab / "prompts.json", code=2)
             run(server, SYNTHESIS, "--prompts", lab / "prompts.json", "--force")
             assert all(prompt_of(body).endswith(" Please.") for body in server.requests if step_of(body) == edited)
             assert asked(server) == expected
@@ -342,7 +342,7 @@ def test_passing_faults_are_retried_and_lasting_ones_become_a_typed_failure(run,
 
 @pytest.mark.parametrize("choice", [SimpleNamespace(message=None, finish_reason="stop"), "text"])
 def test_body_of_another_shape_ends_in_no_traceback(run, no_backoff, monkeypatch, choice):
-    async def send(self, request):
+    async def send(self, request, *sent):
         return SimpleNamespace(choices=[choice], usage=None)
 
     monkeypatch.setattr(teachers.OpenAITeacher, "_send", send)
@@ -407,7 +407,7 @@ def test_client_adapts_to_what_the_model_takes(run, monkeypatch, attempts):
 
     send, refused = teachers.OpenAITeacher._send, []
 
-    async def picky(self, request):
+    async def picky(self, request, *sent):
         wrong = "Unsupported parameter: 'max_tokens' is not supported with this model. Use 'max_completion_tokens' instead."
         if self._limit_name != "max_tokens":
             wrong = "Unsupported value: 'temperature' does not support 0.7 with this model." if self._send_temperature else ""
@@ -415,7 +415,7 @@ def test_client_adapts_to_what_the_model_takes(run, monkeypatch, attempts):
             refused.append(wrong)
             response = SimpleNamespace(request=None, status_code=400, headers={})
             raise openai.BadRequestError(wrong, response=response, body={"message": wrong, "code": "unsupported_parameter"})
-        return await send(self, request)
+        return await send(self, request, *sent)
 
     monkeypatch.setattr(teachers.OpenAITeacher, "_send", picky)
     with LLMServer() as server:
@@ -510,7 +510,7 @@ def test_verdicts_name_the_right_passage_and_nothing_is_guessed(run):
         assert sorted(map(str, rows(output))) == sorted(map(str, preferred))
         assert sorted(map(str, rows(paths.failed(output)))) == sorted(map(str, failed))
         retrieve(seed=1)
-        assert "retrieval was" in run(server, COMPARISON, *given, code=2)
+        assert "e5_tiny_top100.jsonl was" in run(server, COMPARISON, *given, code=2)
         with paths.corpus("tiny").open("a") as file:
             file.write('{"_id": "late", "text": "Another passage."}\n')
         assert "stale: datasets/tiny/corpus.jsonl has changed" in run(server, COMPARISON, *given, code=2)
