@@ -17,8 +17,7 @@ from typing import Any
 
 from syntriever import beir, jsonl, metrics, models, paths, stage
 from syntriever.errors import BadInput
-
-MEASURES = ("nDCG", "MAP", "Recall", "P", "MRR")
+from syntriever.metrics import Measures
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -89,7 +88,7 @@ def main(args: argparse.Namespace) -> None:
         if max(ks) > len(corpus):
             raise BadInput(f"--ks {args.ks}: {paths.shown(corpus.path)} has only {len(corpus)} passages")
         inputs[ds] = corpus, *beir.load_split(ds, args.split, corpus, args.strict)
-    table: dict[str, dict[str, dict[str, dict[str, float]]]] = {}
+    table: dict[str, dict[str, Measures]] = {}
     for ds, (corpus, queries, qrels) in inputs.items():
         stage.say(f"read   {len(corpus):,} passages, {len(queries):,} {args.split} queries of {ds}")
         table[ds] = {}
@@ -109,8 +108,8 @@ def evaluate(
     queries: dict[str, str],
     qrels: beir.Qrels,
     ks: tuple[int, ...],
-    before: dict[str, dict[str, dict[str, float]]],
-) -> dict[str, dict[str, float]]:
+    before: dict[str, Measures],
+) -> Measures:
     """Retrieve, measure and write the three result files of one model on one dataset."""
     record = stage.Record(args)
     record.reads(corpus.path, paths.queries(ds), paths.qrels(ds, args.split), *(ref.weights if ref else []))
@@ -128,7 +127,9 @@ def evaluate(
         hits = {query: [(p, s) for p, s in found if p != query][: max(ks)] for query, found in hits.items()}
     measures = metrics.evaluate(qrels, {query: dict(found) for query, found in hits.items()}, ks)
     means = {name: metrics.mean(values) for name, values in measures.items()}
-    shown = (args.trained_on and models.is_own(model) and f"{model}-{args.trained_on}") or (ref.name if ref else model)
+    shown = ref.name if ref else model
+    if args.trained_on and models.is_own(model):
+        shown = f"{model}-{args.trained_on}"
     without = sum(not hits.get(query) for query in qrels)
     result: dict[str, Any] = {
         "model": shown,
@@ -160,7 +161,7 @@ def _main(ks: tuple[int, ...]) -> str:
     return f"nDCG@{min(ks, key=lambda k: (abs(k - 10), k))}"
 
 
-def print_table(ds: str, split: str, table: dict[str, dict[str, dict[str, float]]], ks: tuple[int, ...], queries: int) -> None:
+def print_table(ds: str, split: str, table: dict[str, Measures], ks: tuple[int, ...], queries: int) -> None:
     columns = [f"nDCG@{k}" for k in ks] + [f"{name}@{max(ks)}" for name in ("MAP", "Recall")] + [f"MRR@{_main(ks).split('@')[1]}"]
     width = max(map(len, table)) + 2
     stage.say(f"\n{ds}, {split} split, mean over {queries} queries (a query without results counts 0)")
@@ -176,7 +177,7 @@ def print_table(ds: str, split: str, table: dict[str, dict[str, dict[str, float]
     stage.say()
 
 
-def print_summary(table: dict[str, dict[str, dict[str, dict[str, float]]]], ks: tuple[int, ...]) -> None:
+def print_summary(table: dict[str, dict[str, Measures]], ks: tuple[int, ...]) -> None:
     """One row per model: its main measure on every dataset, and the average."""
     name, first = _main(ks), next(iter(table.values()))
     width = max(map(len, first)) + 2
@@ -187,7 +188,7 @@ def print_summary(table: dict[str, dict[str, dict[str, dict[str, float]]]], ks: 
         stage.say(model.ljust(width) + "".join(f"{value:{max(11, len(ds) + 2)}.4f}" for ds, value in cells))
 
 
-def draw(table: dict[str, dict[str, dict[str, float]]], ks: tuple[int, ...], path: Any, title: str) -> None:
+def draw(table: dict[str, Measures], ks: tuple[int, ...], path: Any, title: str) -> None:
     """nDCG at every cut-off for each model, and the main measure query by query."""
     import matplotlib
 

@@ -246,7 +246,7 @@ def main(args: argparse.Namespace) -> None:
 
     output = paths.model_output(f"{ref.name}-sft-{args.dataset}")
     with jsonl.lock(output):
-        from syntriever import training
+        from syntriever import journal, training
 
         model = models.load(ref, args.device)
         prefix_query, prefix_passage = model.prompts["query"], model.prompts["document"]
@@ -257,7 +257,7 @@ def main(args: argparse.Namespace) -> None:
             passages = [(prefix_passage, text) if text is not None else None for text in (corpus.text(position), *texts)]
             return [(prefix_query, queries[query]), *passages], [verified]
 
-        dev = training.dev_score(args.dataset, corpus, args)
+        dev = journal.dev_score(args.dataset, corpus, args)
         title = f"{ref.name}-sft-{args.dataset}: stage 1, --loss {args.loss}"
         training.train(model, make_loss(args), sample, [query for query, _ in rows], dev, args, output, record, title)
     stage.next_command(f"python retrieval.py {ref.name}-sft {args.dataset}")

@@ -160,7 +160,7 @@ def main(args: argparse.Namespace) -> None:
 
     output = paths.model_output(f"{ref.name.removesuffix('-sft')}-final-{args.dataset}")
     with jsonl.lock(output):
-        from syntriever import training
+        from syntriever import journal, training
 
         model = models.load(ref, args.device)
         prefix_query, prefix_passage = model.prompts["query"], model.prompts["document"]
@@ -176,7 +176,7 @@ def main(args: argparse.Namespace) -> None:
                 texts = [(prefix_query, queries[query]), *((prefix_passage, corpus.text(p)) for p in (better, worse))]
                 return texts, [query_row[query], passage_row[better], passage_row[worse]]
 
-            dev = training.dev_score(args.dataset, corpus, args)
+            dev = journal.dev_score(args.dataset, corpus, args)
             title = f"{output.name}: stage 2, --loss {args.loss}, --beta {args.beta:g}"
             loss = make_loss(args, ref_queries, ref_passages)
             training.train(model, loss, sample, [query for query, _, _ in pairs], dev, args, output, record, title)

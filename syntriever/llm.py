@@ -65,7 +65,7 @@ class Teacher(Protocol):
 
 
 class Ledger:
-    """Append-only file of every reply received, addressed by content. Memory is 100 bytes a reply."""
+    """Append-only file of every reply received, addressed by content. Memory is 170 bytes a reply."""
 
     def __init__(self, path: Path, retry_failed: bool) -> None:
         self._appender = jsonl.Appender(path)
@@ -108,7 +108,7 @@ class Asker:
         self.teacher, self.ledger, self.max_requests = teacher, ledger, max_requests
         self.counts: Counter[str] = Counter()
         self.started = time.monotonic()
-        self._in_flight: dict[str, asyncio.Task[Reply]] = {}
+        self._in_flight: dict[tuple[str, tuple[str, ...]], asyncio.Task[Reply]] = {}
 
     async def ask(self, request: Request) -> Reply:
         """Reply to one request, from the ledger where it was already received. The same request
@@ -117,11 +117,12 @@ class Asker:
         if self.ledger and (known := self.ledger.get(key)):
             self.counts["from the ledger"] += 1
             return known
-        if key not in self._in_flight:
+        same = key, request.item
+        if same not in self._in_flight:
             task = asyncio.create_task(self._send(key, request))
-            self._in_flight[key] = task
-            task.add_done_callback(lambda _: self._in_flight.pop(key))
-        return await self._in_flight[key]
+            self._in_flight[same] = task
+            task.add_done_callback(lambda _: self._in_flight.pop(same))
+        return await self._in_flight[same]
 
     async def ask_all(self, requests: Iterable[Request]) -> list[Reply]:
         """Replies to several requests at once, verdicts to those with choices. All are waited for,

@@ -6,13 +6,14 @@ import numpy as np
 
 from syntriever.beir import Qrels
 
-Run = dict[str, dict[str, float]]
+Run = dict[str, dict[str, float]]  # query id -> passage id -> score
+Measures = dict[str, dict[str, float]]  # measure -> query id -> value
 
 KS = (1, 3, 5, 10, 100)
 
 
-def evaluate(qrels: Qrels, run: Run, ks: tuple[int, ...] = KS) -> dict[str, dict[str, float]]:
-    """{measure: {query id: value}} for nDCG@k (graded), MAP@k, Recall@k, P@k and MRR@k.
+def evaluate(qrels: Qrels, run: Run, ks: tuple[int, ...] = KS) -> Measures:
+    """Values for nDCG@k (graded), MAP@k, Recall@k, P@k and MRR@k.
 
     Every judged query counts: one without results scores 0 (pytrec_eval alone would leave it out
     and inflate the mean).

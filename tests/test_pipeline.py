@@ -13,7 +13,7 @@ import pytest
 import torch
 from conftest import ROOT, fill_home, load_script, write_jsonl
 
-from syntriever import beir, metrics, models, search, stage, training
+from syntriever import beir, journal, metrics, models, search, stage, training
 
 FAST = ["--batch-size", "12", "--lr", "1e-3", "--max-length", "32", "--device", "cpu"]
 SFT = "e5-small-tiny-sft"
@@ -143,7 +143,7 @@ def test_the_best_epoch_on_dev_is_kept(stage1):
     assert record["results"]["dev_ndcg_at_10"] == max(dev.values())
     assert dev[record["results"]["best_epoch"]] == max(dev.values())
     model = models.load(models.ModelRef("x", str(stage1)), "cpu")
-    assert training.DevScore("tiny", beir.Corpus("tiny"), 20_000, 1_000, 42)(model) == pytest.approx(max(dev.values()), abs=1e-6)
+    assert journal.DevScore("tiny", beir.Corpus("tiny"), 20_000, 1_000, 42)(model) == pytest.approx(max(dev.values()), abs=1e-6)
 
 
 def test_same_seed_same_weights_and_another_seed_others(stage1, tiny_encoder, run_script):
