@@ -16,8 +16,8 @@ step() { echo; echo "\$ $*"; "$@"; }
 
 step python datasets/build_pydocs.py
 step python datasets/parse_synthetic.py pydocs "${TEACHER[@]}"
-step python train_stage1.py minilm pydocs --epochs 2 "${TRAINING[@]}"
+step python train_stage1.py minilm pydocs --epochs 1 --lr 5e-5 "${TRAINING[@]}"
 step python retrieval.py minilm-sft pydocs
-step python stage2/parse_comparison.py pydocs --model minilm-sft --pairs 4 "${TEACHER[@]}"
+step python stage2/parse_comparison.py pydocs --model minilm-sft --pairs 3 "${TEACHER[@]}"
 step python train_stage2.py minilm-sft pydocs "${TRAINING[@]}"
 step python evaluate.py bm25 minilm minilm-sft minilm-final pydocs

@@ -119,23 +119,19 @@ def draw(rows: list[dict[str, Any]], path: Path, title: str) -> None:
 
     steps = [row for row in rows if "loss" in row]
     dev = [row for row in rows if "dev_ndcg@10" in row]
-    parts = [
-        name for name in (steps[-1] if steps else {}) if name not in ("step", "epoch", "seconds", "learning_rate", "grad_norm")
-    ]
-    figure, axes = plt.subplots(1, 3, figsize=(14, 4), constrained_layout=True)
-    losses = [name for name in parts if not name.endswith(("accuracy", "share"))]
-    for axis, names, label in (
-        (axes[0], losses, "loss and its parts"),
-        (axes[1], [p for p in parts if p not in losses], "share of the batch"),
-    ):
+    parts = list(steps[-1])[5:-1] if steps else []  # between grad_norm and seconds
+    shares = [name for name in parts if name.endswith(("accuracy", "share"))]
+    panels = {"loss": ["loss"], "its parts": [p for p in parts if p not in shares], "share of the batch": shares}
+    figure, axes = plt.subplots(1, 4, figsize=(16, 3.6), constrained_layout=True)
+    for axis, (label, names) in zip(axes, panels.items(), strict=False):
         for name in names:
             axis.plot([row["epoch"] for row in steps], [row[name] for row in steps], label=name)
         axis.set(xlabel="epoch", title=label)
         if names:
             axis.legend(fontsize=8)
-    axes[1].set_ylim(0, 1.02)
-    axes[2].plot([row["epoch"] for row in dev], [row["dev_ndcg@10"] for row in dev], marker="o")
-    axes[2].set(xlabel="epoch", title="dev nDCG@10" if dev else "no dev split")
+    axes[2].set_ylim(0, 1.02)
+    axes[3].plot([row["epoch"] for row in dev], [row["dev_ndcg@10"] for row in dev], marker="o")
+    axes[3].set(xlabel="epoch", title="dev nDCG@10" if dev else "no dev split")
     figure.suptitle(title)
     figure.savefig(path, dpi=110)
     plt.close(figure)
