@@ -166,9 +166,10 @@ def main(args: argparse.Namespace) -> None:
         prefix_query, prefix_passage = model.prompts["query"], model.prompts["document"]
         with training.reference(output) as folder:
             # The model is still the stage-1 model here: its embeddings are all the KL term needs of it.
-            length = args.max_length or model.max_seq_length
-            ref_queries = training.embed(model, [queries[q] for q in query_ids], "query", length, folder / "queries.npy")
-            ref_passages = training.embed(model, map(corpus.text, positions), "document", length, folder / "passages.npy")
+            ref_queries = training.embed(model, [queries[q] for q in query_ids], "query", args.max_length, folder / "queries.npy")
+            ref_passages = training.embed(
+                model, map(corpus.text, positions), "document", args.max_length, folder / "passages.npy"
+            )
             query_row, passage_row = ({key: row for row, key in enumerate(keys)} for keys in (query_ids, positions))
 
             def sample(number: int) -> Sample:

@@ -6,11 +6,11 @@ cd "$(dirname "$0")/.."
 LLM="${LLM:-replay}"
 TEACHER=(--llm "$LLM" --force)
 # A live teacher is asked about a few queries only; set LIMIT to ask about more.
-if [ "$LLM" != replay ]; then TEACHER+=(--limit "${LIMIT:-24}"); fi
+if [ "$LLM" != replay ]; then TEACHER+=(--limit "${LIMIT:-16}"); fi
 # A model of 135M parameters fails often; the demo goes on with what it can do.
 if [ "$LLM" = smollm2 ]; then TEACHER+=(--max-failure-rate 1); fi
-# Settings for two CPU cores: every stage reads 128 tokens of a text; small batches, a small dev pool.
-SHORT=(--max-length 128)
+# Settings for two CPU cores: every stage reads 96 tokens of a text; small batches, a small dev pool.
+SHORT=(--max-length 96)
 TRAINING=("${SHORT[@]}" --batch-size 32 --dev-pool 300)
 
 step() { echo; echo "\$ $*"; "$@"; }

@@ -16,16 +16,20 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import TrainerCallback
 
-from syntriever import beir, metrics, paths, search, stage
+from syntriever import beir, metrics, models, paths, search, stage
 
 if TYPE_CHECKING:
     from syntriever.training import EmbeddingLoss
 
 
 class DevScore:
-    """nDCG@10 on the dev split, over its judged passages and a random sample of the rest."""
+    """nDCG@10 on the dev split, over its judged passages and a random sample of the rest, read at
+    the length used in training."""
 
-    def __init__(self, ds: str, corpus: beir.Corpus, pool: int, max_queries: int, seed: int) -> None:
+    def __init__(
+        self, ds: str, corpus: beir.Corpus, pool: int, max_queries: int, seed: int, max_length: int | None = None
+    ) -> None:
+        self.max_length = max_length
         queries, qrels = beir.load_split(ds, "dev")
         rng = random.Random(seed)
         chosen = rng.sample(sorted(queries), min(max_queries, len(queries)))
@@ -35,8 +39,9 @@ class DevScore:
         self.ids, self.texts = [corpus.id(p) for p in positions], [corpus.text(p) for p in positions]
 
     def __call__(self, model: SentenceTransformer) -> float:
-        passages = search.encode(model, self.texts, "document")
-        scores = search.encode(model, list(self.queries.values()), "query") @ passages.T
+        with models.at_length(model, self.max_length):
+            passages = search.encode(model, self.texts, "document")
+            scores = search.encode(model, list(self.queries.values()), "query") @ passages.T
         best = np.argsort(-scores, axis=1, kind="stable")[:, :10]
         run = {q: {self.ids[p]: float(scores[i, p]) for p in best[i]} for i, q in enumerate(self.queries)}
         return metrics.mean(metrics.evaluate(self.qrels, run, (10,))["nDCG@10"])
@@ -45,7 +50,7 @@ class DevScore:
 def dev_score(ds: str, corpus: beir.Corpus, args: argparse.Namespace) -> DevScore | None:
     """The dev set for choosing the best epoch; None where the dataset has none."""
     if paths.qrels(ds, "dev").is_file():
-        return DevScore(ds, corpus, args.dev_pool, args.dev_queries, args.seed)
+        return DevScore(ds, corpus, args.dev_pool, args.dev_queries, args.seed, args.max_length)
     stage.say(f"note:  {ds} has no dev split; the last epoch is kept")
     return None
 

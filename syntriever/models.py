@@ -6,6 +6,8 @@ import hashlib
 import importlib.util
 import json
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -132,6 +134,17 @@ def load(ref: ModelRef, device: str | None = None, max_length: int | None = None
             raise BadInput(f"--max-length {max_length}: {ref.name} reads at most {limit} tokens")
         model.max_seq_length = max_length
     return model
+
+
+@contextmanager
+def at_length(model: Any, max_length: int | None) -> Iterator[None]:
+    """Let the model read `max_length` tokens of a text (None: as it is), for a while."""
+    own = model.max_seq_length
+    model.max_seq_length = max_length or own
+    try:
+        yield
+    finally:
+        model.max_seq_length = own
 
 
 def fingerprint(model: Any) -> str:

@@ -136,16 +136,14 @@ def reference(output: Path) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def embed(model: Any, texts: Iterable[str], kind: str, max_length: int, path: Path) -> Tensor:
+def embed(model: Any, texts: Iterable[str], kind: str, max_length: int | None, path: Path) -> Tensor:
     """(N, D) unit embeddings at the length used in training, kept on disk and mapped into memory."""
-    count, dim, longest = 0, model.get_embedding_dimension(), model.max_seq_length
-    model.max_seq_length = max_length
-    with path.open("wb") as file, tqdm(unit="text", desc=f"reference {kind}") as bar:
+    count, dim = 0, model.get_embedding_dimension()
+    with models.at_length(model, max_length), path.open("wb") as file, tqdm(unit="text", desc=f"reference {kind}") as bar:
         for window in batched(texts, search.WINDOW):
             file.write(search.encode(model, window, kind).tobytes())
             count += len(window)
             bar.update(len(window))
-    model.max_seq_length = longest
     return torch.from_numpy(np.memmap(path, np.float32, "r+", shape=(count, dim)))
 
 

@@ -143,7 +143,9 @@ def test_the_best_epoch_on_dev_is_kept(stage1):
     assert record["results"]["dev_ndcg_at_10"] == max(dev.values())
     assert dev[record["results"]["best_epoch"]] == max(dev.values())
     model = models.load(models.ModelRef("x", str(stage1)), "cpu")
-    assert journal.DevScore("tiny", beir.Corpus("tiny"), 20_000, 1_000, 42)(model) == pytest.approx(max(dev.values()), abs=1e-6)
+    assert journal.DevScore("tiny", beir.Corpus("tiny"), 20_000, 1_000, 42, 32)(model) == pytest.approx(
+        max(dev.values()), abs=1e-6
+    )
 
 
 def test_same_seed_same_weights_and_another_seed_others(stage1, tiny_encoder, run_script):
