@@ -218,6 +218,7 @@ def synthetic_texts(row: jsonl.Row | None, args: argparse.Namespace) -> tuple[li
 def main(args: argparse.Namespace) -> None:
     stage.check_training_options(args)
     ref = models.resolve(args.model, args.dataset, args.name)
+    beir.ensure(args.dataset, fetch=False)
     source = paths.synthetic(args.dataset)
     used = not (args.no_synthetic or args.loss == "infonce")
     remedy = f"Run: python datasets/parse_synthetic.py {args.dataset}   (or pass --no-synthetic)"

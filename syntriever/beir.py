@@ -52,8 +52,9 @@ def is_dataset(name: str) -> bool:
     return name in ARCHIVES or name == "pydocs" or paths.corpus(name).is_file()
 
 
-def ensure(ds: str) -> None:
-    """Make sure that `datasets/<ds>/` is there; a BEIR dataset is downloaded on first use."""
+def ensure(ds: str, fetch: bool = True) -> None:
+    """Make sure that `datasets/<ds>/` is there; a BEIR dataset is downloaded on first use, unless
+    `fetch` is off: then only its name is checked."""
     folder = paths.dataset(ds)
     if folder.is_dir():
         for needed in (paths.corpus(ds), paths.queries(ds)):
@@ -62,7 +63,8 @@ def ensure(ds: str) -> None:
     elif ds == "pydocs":
         raise BadInput("datasets/pydocs is not built yet. Run: python datasets/build_pydocs.py")
     elif ds in ARCHIVES:
-        download(ds, URL.format(ds), ARCHIVES[ds])
+        if fetch:
+            download(ds, URL.format(ds), ARCHIVES[ds])
     else:
         raise BadInput(
             f"unknown dataset {ds!r}: no folder {paths.shown(folder)}, and not one of pydocs, {', '.join(sorted(ARCHIVES))}"

@@ -201,11 +201,9 @@ def test_a_loss_that_is_not_finite_stops_at_once(stage1, home, tiny_encoder, run
 # --- retrieval
 
 
-def brute_force(model, corpus, queries, k):
+def brute_force(model, corpus, queries):
     passages = search.encode(model, list(corpus.texts()), "document")
-    scores = search.encode(model, queries, "query") @ passages.T
-    order = np.argsort(-scores, axis=1, kind="stable")[:, :k]
-    return order, np.take_along_axis(scores, order, 1)
+    return search.encode(model, queries, "query") @ passages.T
 
 
 @pytest.mark.parametrize("shard", [7, 60, 1000])
@@ -215,10 +213,13 @@ def test_sharded_search_equals_brute_force(home, tiny_encoder, monkeypatch, shar
     model, corpus = models.load(models.resolve(str(tiny_encoder), "tiny"), "cpu"), beir.Corpus("tiny")
     queries = beir.load_queries("tiny")
     hits = search.top_k(model, corpus, home / "embeddings", queries, 10)
-    order, scores = brute_force(model, corpus, list(queries.values()), 10)
-    for row, found in enumerate(hits.values()):
-        np.testing.assert_allclose([score for _, score in found], scores[row], atol=1e-5)
-        assert [corpus.position(passage) for passage, _ in found] == order[row].tolist()
+    scores = brute_force(model, corpus, list(queries.values()))
+    for row, found in zip(scores, hits.values(), strict=True):
+        positions = [corpus.position(passage) for passage, _ in found]
+        assert len(set(positions)) == 10
+        # Passages closer than rounding may change places, so their scores are compared.
+        np.testing.assert_allclose(row[positions], np.sort(row)[::-1][:10], atol=1e-5)
+        np.testing.assert_allclose([score for _, score in found], row[positions], atol=1e-5)
 
 
 def test_only_missing_shards_are_encoded_and_another_model_is_refused(home, tiny_encoder, monkeypatch, capsys):
