@@ -125,33 +125,45 @@ class LocalTeacher:
         return replies
 
     def _generate(self, requests: list[Request], encoded: Any) -> list[Reply]:
+        """Decode until every request ends. One that has ended leaves the batch, so that a single
+        long reply does not make all others cost as much."""
         import torch
 
-        sampling: dict[str, Any] = {"do_sample": False}
-        if requests[0].temperature > 0:
-            sampling = {"do_sample": True, "temperature": requests[0].temperature, "top_k": 0, "top_p": 1.0}
-
-        def interrupted(ids: Any, scores: Any, **_: Any) -> Any:
-            return torch.full((ids.shape[0],), self._stop.is_set(), device=ids.device)
-
+        mask, temperature = encoded["attention_mask"], requests[0].temperature
+        running = list(range(len(requests)))  # request of each row of the batch
+        written: list[list[int]] = [[] for _ in requests]
+        inputs = {"input_ids": encoded["input_ids"], "position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
+        cache = None
         with torch.inference_mode():
-            output = self._lm.generate(
-                **encoded,
-                **sampling,
-                max_new_tokens=max(request.max_tokens for request in requests),
-                eos_token_id=sorted(self._ends),
-                pad_token_id=self._tokenizer.pad_token_id,
-                stopping_criteria=[interrupted],
-            )
+            while running and not self._stop.is_set():
+                step = self._lm(**inputs, attention_mask=mask, past_key_values=cache, use_cache=True, logits_to_keep=1)
+                cache, logits = step.past_key_values, step.logits[:, -1].float()
+                if temperature > 0:
+                    tokens = torch.multinomial((logits / temperature).softmax(1), 1)
+                else:
+                    tokens = logits.argmax(1, keepdim=True)
+                for request, token in zip(running, tokens[:, 0].tolist(), strict=True):
+                    written[request].append(token)
+                going = [row for row, n in enumerate(running) if not self._ended_at(written[n], requests[n].max_tokens)]
+                positions = mask.sum(1, keepdim=True)
+                if len(going) < len(running):
+                    keep = torch.tensor(going, dtype=torch.long, device=mask.device)
+                    running = [running[row] for row in going]
+                    mask, tokens, positions = mask[keep], tokens[keep], positions[keep]
+                    if running:
+                        cache.batch_select_indices(keep)
+                inputs = {"input_ids": tokens, "position_ids": positions}
+                mask = torch.cat([mask, torch.ones_like(positions)], dim=1)
         replies = []
-        for request, tokens in zip(requests, output[:, encoded["input_ids"].shape[1] :].tolist(), strict=True):
-            end = next((i for i, token in enumerate(tokens) if token in self._ends), None)
-            complete = end is not None and end <= request.max_tokens
-            kept = tokens[: end if complete else request.max_tokens]
-            text = str(self._tokenizer.decode(kept, skip_special_tokens=True)).strip()
+        for tokens_of in written:
+            complete = bool(tokens_of) and tokens_of[-1] in self._ends
+            text = str(self._tokenizer.decode(tokens_of, skip_special_tokens=True)).strip()
             reason = "length" if not complete else "" if text else "empty"
-            replies.append(Reply(text, reason, "stop" if complete else "length", completion_tokens=len(kept)))
+            replies.append(Reply(text, reason, "stop" if complete else "length", completion_tokens=len(tokens_of) - complete))
         return replies
+
+    def _ended_at(self, tokens: list[int], limit: int) -> bool:
+        return tokens[-1] in self._ends or len(tokens) >= limit
 
     def _verdicts(self, requests: list[Request], encoded: Any) -> list[Reply]:
         """The likeliest choice of each request, from the first token's logits."""

@@ -655,7 +655,9 @@ def test_local_sampling_follows_the_seed_and_ends_at_the_limit(tiny_llm):
     assert first != ask_local(tiny_llm, about(TEXTS, 0.7, 12), seed=1)
     assert {reply.reason for reply in first} == {"", "length"}
     for reply in first:
-        assert reply.completion_tokens == (12 if reply.reason else len(reply.text.split()))
+        # Special tokens count, but are no words.
+        assert len(reply.text.split()) <= reply.completion_tokens <= (12 if reply.reason else 11)
+        assert not reply.reason or reply.completion_tokens == 12
         assert reply.finish_reason == (reply.reason or "stop")
 
 
