@@ -5,6 +5,7 @@ Reads    datasets/<dataset>/{corpus,queries}.jsonl, qrels/train.tsv
 Writes   datasets/<dataset>_synthetic.jsonl          complete rows, appended as they finish
          datasets/<dataset>_synthetic.failed.jsonl   rows that have no usable reply, with the reason
          datasets/<dataset>_synthetic.ledger.jsonl   every reply received: nothing is paid twice
+         datasets/<dataset>_synthetic.batches.json   with --batch: what is submitted and not collected
 Run      python datasets/parse_synthetic.py scifact
 """
 
@@ -21,6 +22,7 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))
 
 from syntriever import beir, jsonl, llm, paths, stage, teachers
 from syntriever.errors import BadInput
+from syntriever.ledger import Request
 
 # ---------------------------------------------------------------- edit here: prompts and sampling
 
@@ -49,7 +51,7 @@ PROMPTS = {
 GENERATION_TEMPERATURE = 0.7
 VERDICT_TEMPERATURE = 0.0
 GENERATION_MAX_TOKENS = 400
-VERDICT_MAX_TOKENS = 8
+VERDICT_MAX_TOKENS = 16
 
 # -----------------------------------------------------------------------------------------------
 
@@ -64,7 +66,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--max-tokens", type=int, default=GENERATION_MAX_TOKENS, help="tokens per reply (default: %(default)s)")
     parser.add_argument("--strict", action="store_true", help="refuse judgements of ids that the dataset lacks")
     parser.add_argument("--force", action="store_true", help="start anew where the output was made with other settings")
-    teachers.add_options(parser)
+    teachers.add_options(parser, VERDICT_MAX_TOKENS)
     return parser.parse_args(argv)
 
 
@@ -88,16 +90,17 @@ def load_prompts(path: Path | None) -> dict[str, str]:
     return prompts
 
 
-async def synthesize(asker: llm.Asker, query: str, prompts: dict[str, str], max_tokens: int) -> dict[str, Any]:
+async def synthesize(
+    asker: llm.Asker, query: str, prompts: dict[str, str], max_tokens: int, verdict_max_tokens: int
+) -> dict[str, Any]:
     """The synthetic fields of one row, or {"step", "reason", "attempts"} of the reply that failed."""
     requests = [
-        llm.Request(step, (query,), llm.fill(prompts[step], query=query), GENERATION_TEMPERATURE, max_tokens)
-        for step in GENERATED
+        Request(step, (query,), llm.fill(prompts[step], query=query), GENERATION_TEMPERATURE, max_tokens) for step in GENERATED
     ]
     replies = dict(zip(GENERATED, await asker.ask_all(requests), strict=True))
     if not any(reply.reason for reply in replies.values()):
         prompt = llm.fill(prompts["verify"], query=query, positive=replies["positive"].text)
-        verify = llm.Request("verify", (query,), prompt, VERDICT_TEMPERATURE, VERDICT_MAX_TOKENS, ("yes", "no"))
+        verify = Request("verify", (query,), prompt, VERDICT_TEMPERATURE, verdict_max_tokens, ("yes", "no"))
         replies["verify"] = await asker.ask_verdict(verify)
     for step, reply in replies.items():
         if reply.reason:
@@ -121,38 +124,35 @@ def main(args: argparse.Namespace) -> None:
     random.Random(args.seed).shuffle(wanted)
     wanted = wanted[: args.limit]
     args.llm = teachers.default_llm(args.dataset, args.llm, args.base_url)
-    teacher = teachers.make_teacher(args.llm, args.dataset, args)
-    output = paths.synthetic(args.dataset)
-    settings: dict[str, Any] = {"llm": args.llm}
-    if teacher.live:  # recorded answers do not depend on the prompts and numbers in this script
-        settings |= {f"prompt of {step}": stage.text_sha256(prompt)[:12] for step, prompt in prompts.items()}
-        settings["temperatures"] = [GENERATION_TEMPERATURE, VERDICT_TEMPERATURE]
-        settings["max_tokens"] = [args.max_tokens, VERDICT_MAX_TOKENS]
+    output, ledger = paths.synthetic(args.dataset), args.ledger or paths.synthesis_ledger(args.dataset)
+    teacher = teachers.make_teacher(args.llm, args.dataset, output, args)
+    settings: dict[str, Any] = {"llm": args.llm, "temperatures": [GENERATION_TEMPERATURE, VERDICT_TEMPERATURE]}
+    settings |= {f"prompt of {step}": stage.text_sha256(prompt)[:12] for step, prompt in prompts.items()}
 
     async def work(asker: llm.Asker, query_id: str) -> jsonl.Row:
-        row = await synthesize(asker, queries[query_id], prompts, args.max_tokens)
+        row = await synthesize(asker, queries[query_id], prompts, args.max_tokens, args.verdict_max_tokens)
         return {"query_id": query_id, "query": queries[query_id], **row, "llm": args.llm}
 
-    with jsonl.lock(output):
+    with jsonl.lock(output), jsonl.lock(ledger):
         record = stage.Record(args)
         record.reads(paths.queries(args.dataset), paths.qrels(args.dataset, "train"))
-        done = set()
-        if record.resumes(output, settings, args.force):
-            done = {row["query_id"] for row in jsonl.read(output, {"query_id": str, "verified": bool})}
+        done = jsonl.Seen()
+        if record.resumes(output, settings, args.force, args.dry_run):
+            done = jsonl.Seen(row["query_id"] for row in jsonl.read(output, {"query_id": str, "verified": bool}))
         pending = [query_id for query_id in wanted if query_id not in done]
         stage.say(
             f"read   {len(wanted)} training queries of {args.dataset}: {len(wanted) - len(pending)} done, {len(pending)} to ask"
         )
-        if teacher.live and pending:
-            stage.say(f"       up to {4 * len(pending):,} requests to {args.llm}, less what the ledger holds")
-        counts = llm.append_rows(output, pending, len(pending), work, teacher, args, unit="query")
+        counts, used = llm.append_rows(output, ledger, pending, len(pending), work, teacher, args, unit="query")
+        if args.dry_run:
+            return
         rejected = sum(not row["verified"] for row in jsonl.read(output, {"verified": bool}))
         total, where = len(done) + counts["written"], paths.shown(output)
         stage.say(f"wrote  {where}: {counts['written']} new rows of {total}; {rejected} positives rejected by the LLM itself")
         if counts["not_recorded"]:
             stage.say(f"       {counts['not_recorded']} queries have no recorded answer: their gold passage alone trains stage 1")
         llm.check_failures(counts, len(done), output, args.max_failure_rate)
-        record.write(output, **counts)
+        record.write(output, **counts, **used)
     stage.next_command(f"python train_stage1.py {'minilm' if args.dataset == 'pydocs' else 'e5'} {args.dataset}")
 
 

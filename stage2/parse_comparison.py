@@ -3,7 +3,9 @@
 Reads    stage2/<model>_<dataset>_top100.jsonl, datasets/<dataset>/
 Writes   stage2/<model>_<dataset>_preferences.jsonl          one row per decided pair, appended
          stage2/<model>_<dataset>_preferences.failed.jsonl   ties, unparsable and failed verdicts
-         stage2/<model>_<dataset>_preferences.ledger.jsonl   every reply received: nothing is paid twice
+         stage2/<model>_<dataset>_preferences.report.json, .png   what the verdicts are worth
+         stage2/<model>_<dataset>_preferences.batches.json    with --batch: what is submitted and not collected
+         stage2/<dataset>_preferences.ledger.jsonl            every reply received: nothing is paid twice
 Run      python stage2/parse_comparison.py scifact
 """
 
@@ -19,8 +21,9 @@ from pathlib import Path
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
-from syntriever import beir, jsonl, llm, models, paths, stage, teachers
+from syntriever import beir, jsonl, judge, llm, models, paths, stage, teachers
 from syntriever.errors import BadInput
+from syntriever.ledger import Request
 
 # ------------------------------------------------------------------------- edit here: the prompt
 
@@ -35,7 +38,7 @@ PROMPT = (
     "Answer with one word: 1, 2, or tie when neither is better."
 )
 TEMPERATURE = 0.0
-MAX_TOKENS = 8
+MAX_TOKENS = 16
 MAX_PASSAGE_CHARACTERS = 3000  # a longer passage is cut here, for the judge only
 
 # -----------------------------------------------------------------------------------------------
@@ -68,7 +71,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--force", action="store_true", help="go on where an input is stale or the output was made with other settings"
     )
-    teachers.add_options(parser)
+    teachers.add_options(parser, MAX_TOKENS)
     return parser.parse_args(argv)
 
 
@@ -83,19 +86,19 @@ def choose_pairs(query_id: str, passages: list[str], pairs: int, seed: int) -> l
     return [pair for _, pair in sorted(drawn, key=lambda item: item[0])[:pairs]]
 
 
-def request_for(pair: Pair, query: str, first: str, second: str) -> llm.Request:
+def request_for(pair: Pair, query: str, first: str, second: str, max_tokens: int = MAX_TOKENS) -> Request:
     """Request that shows both texts between fences. The fence is a hash of the texts: the same on a
     rerun, and nothing that a passage could contain."""
     first, second = (" ".join(text.split())[:MAX_PASSAGE_CHARACTERS] for text in (first, second))
     fence = "passage-" + hashlib.sha256(f"{query}\0{first}\0{second}".encode()).hexdigest()[:12]
     prompt = llm.fill(PROMPT, query=query, fence=fence, first=first, second=second)
-    return llm.Request("compare", (query, pair.first, pair.second), prompt, TEMPERATURE, MAX_TOKENS, VERDICTS)
+    return Request("compare", (query, pair.first, pair.second), prompt, TEMPERATURE, max_tokens, VERDICTS)
 
 
-async def compare(asker: llm.Asker, pair: Pair, query: str, corpus: beir.Corpus, both_orders: bool) -> jsonl.Row:
+async def compare(asker: llm.Asker, pair: Pair, query: str, corpus: beir.Corpus, both_orders: bool, max_tokens: int) -> jsonl.Row:
     """{"query_id", "preferred_id", "rejected_id", ...}, or a "reason" why there is no preference."""
     orders = [pair, Pair(pair.query_id, pair.second, pair.first)] if both_orders else [pair]
-    requests = [request_for(p, query, corpus.by_id(p.first), corpus.by_id(p.second)) for p in orders]
+    requests = [request_for(p, query, corpus.by_id(p.first), corpus.by_id(p.second), max_tokens) for p in orders]
     replies = await asker.ask_all(requests)
     row = {"query_id": pair.query_id, "shown": [pair.first, pair.second], "verdicts": [reply.text for reply in replies]}
     for reply in replies:
@@ -123,6 +126,17 @@ def load_top(path: Path, k: int, limit: int | None, seed: int) -> dict[str, tupl
     return {query_id: top[query_id] for query_id in chosen[:limit]}
 
 
+def report_on(output: Path, gold: beir.Qrels, title: str) -> None:
+    """Write and print what the verdicts in `output` and in its failed file are worth."""
+    files = [path for path in (output, paths.failed(output)) if path.is_file()]
+    found = judge.report(itertools.chain.from_iterable(map(jsonl.read, files)), gold)
+    jsonl.write_json(paths.report(output, ".json"), found)
+    judge.draw(found, paths.report(output, ".png"), title)
+    stage.say(f"judge  {paths.shown(paths.report(output, '.json'))} and .png")
+    for line in judge.lines(found):
+        stage.say(f"       {line}")
+
+
 def main(args: argparse.Namespace) -> None:
     teachers.check_options(args)
     for name, least in (("k", 2), ("pairs", 1), ("limit", 1)):
@@ -137,44 +151,43 @@ def main(args: argparse.Namespace) -> None:
     stage.check_fresh([source], args.force)
     corpus = beir.Corpus(args.dataset)
     args.llm = teachers.default_llm(args.dataset, args.llm, args.base_url)
-    teacher = teachers.make_teacher(args.llm, args.dataset, args)
+    teacher = teachers.make_teacher(args.llm, args.dataset, output, args)
+    ledger = args.ledger or paths.comparison_ledger(args.dataset)
     every = min(args.pairs, args.k * (args.k - 1) // 2) * len(top)
 
     async def work(asker: llm.Asker, pair: Pair) -> jsonl.Row:
-        return {**await compare(asker, pair, top[pair.query_id][0], corpus, args.both_orders), "llm": args.llm}
+        query = top[pair.query_id][0]
+        return {**await compare(asker, pair, query, corpus, args.both_orders, args.verdict_max_tokens), "llm": args.llm}
 
-    with jsonl.lock(output):
+    with jsonl.lock(output), jsonl.lock(ledger):
         record = stage.Record(args)
         record.reads(source, corpus.path)
         settings = {name: getattr(args, name) for name in ("llm", "k", "pairs", "both_orders", "seed")}
-        if teacher.live:  # recorded answers do not depend on the prompt
-            settings |= {
-                "prompt": stage.text_sha256([PROMPT, MAX_PASSAGE_CHARACTERS])[:12],
-                "sampling": [TEMPERATURE, MAX_TOKENS],
-            }
-        done = set()
-        if record.resumes(output, settings, args.force):
-            done = {Pair(row["query_id"], *row["shown"]) for row in jsonl.read(output, {"query_id": str, "shown": list})}
+        settings |= {"prompt": stage.text_sha256([PROMPT, MAX_PASSAGE_CHARACTERS])[:12], "temperature": TEMPERATURE}
+        done = jsonl.Seen()
+        if record.resumes(output, settings, args.force, args.dry_run):
+            rows = jsonl.read(output, {"query_id": str, "shown": list})
+            done = jsonl.Seen(str(Pair(row["query_id"], *row["shown"])) for row in rows)
         pending = (
             pair
             for query_id, (_, ids) in top.items()
             for pair in choose_pairs(query_id, ids, args.pairs, args.seed)
-            if pair not in done
+            if str(pair) not in done
         )
         todo = every - len(done)
         stage.say(f"read   top {args.k} of {len(top):,} queries: {every:,} pairs, {len(done):,} done, {todo:,} to ask")
-        if teacher.live and todo:
-            requests = todo * (2 if args.both_orders else 1)
-            stage.say(f"       up to {requests:,} requests to {args.llm}, less what the ledger holds")
-        counts = llm.append_rows(output, pending, todo, work, teacher, args, unit="pair")
+        counts, used = llm.append_rows(output, ledger, pending, todo, work, teacher, args, unit="pair")
+        if args.dry_run:
+            return
         stage.say(f"wrote  {paths.shown(output)}: {counts['written']:,} new preferences of {len(done) + counts['written']:,}")
         for reason, words in (("tie", "ties"), ("disagreement", "verdicts that depend on the order")):
             if counts[reason]:
                 stage.say(f"       {counts[reason]:,} {words}, kept apart in {paths.shown(paths.failed(output))}")
         if counts["not_recorded"]:
             stage.say(f"       {counts['not_recorded']:,} pairs have no recorded verdict; they are left out")
+        report_on(output, beir.load_qrels(args.dataset, "train"), f"{args.llm} on {args.dataset}, top {args.k} of {ref.name}")
         llm.check_failures(counts, len(done), output, args.max_failure_rate)
-        record.write(output, **counts)
+        record.write(output, **counts, **used)
     stage.next_command(f"python train_stage2.py {ref.name} {args.dataset}")
 
 

@@ -152,7 +152,7 @@ class Corpus:
         if self.empty:
             print(f"note:  {paths.shown(self.path)} has {self.empty} passages without any text", flush=True)
         self._ids, self._ends, self._starts = bytes(ids), np.array(ends, np.int64), np.array(starts, np.int64)
-        hashes = np.fromiter((self._hash(self.id(i)) for i in range(len(self))), np.uint64, len(self))
+        hashes = np.fromiter((jsonl.hash64(self.id(i)) for i in range(len(self))), np.uint64, len(self))
         self._order = np.argsort(hashes, kind="stable")
         self._hashes = hashes[self._order]
         self._file = self.path.open("rb")
@@ -162,10 +162,6 @@ class Corpus:
             if first is not None and first != second:
                 where = f"{paths.shown(self.path)}:{self._line(second)}"
                 raise BadInput(f"{where}: passage id {self.id(second)!r} was already used on line {self._line(first)}")
-
-    @staticmethod
-    def _hash(passage_id: str) -> int:
-        return int.from_bytes(hashlib.blake2b(passage_id.encode(), digest_size=8).digest(), "little")
 
     @staticmethod
     def _text(row: jsonl.Row) -> str:
@@ -185,7 +181,7 @@ class Corpus:
 
     def position(self, passage_id: str) -> int | None:
         """Row number of a passage, or None where the corpus has no such id."""
-        wanted = np.uint64(self._hash(passage_id))
+        wanted = np.uint64(jsonl.hash64(passage_id))
         at = int(np.searchsorted(self._hashes, wanted))
         while at < len(self) and self._hashes[at] == wanted:
             if self.id(int(self._order[at])) == passage_id:

@@ -1,4 +1,4 @@
-"""The two ways a stage may end badly."""
+"""The ways a stage may end without its output."""
 
 
 class BadInput(Exception):
@@ -7,3 +7,7 @@ class BadInput(Exception):
 
 class Failed(Exception):
     """A failure while running; what was made so far is kept: exit 1."""
+
+
+class Waiting(Exception):
+    """Nothing went wrong, but others need more time; the same command goes on later: exit 75."""

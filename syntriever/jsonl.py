@@ -7,13 +7,16 @@ Files are UTF-8 and split on b"\n" only: U+2028 and its kin are legal inside JSO
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import json
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
+
+import numpy as np
 
 from syntriever.errors import BadInput, Failed
 from syntriever.paths import home, shown
@@ -132,6 +135,26 @@ class Table:
         return parse(self._file.readline(), self.path, number, self.fields)
 
 
+def hash64(text: str) -> int:
+    """Hash of a key for tables that hold millions: two of n keys share one with probability n²/2^65."""
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
+
+
+class Seen:
+    """A set of keys in 8 bytes each."""
+
+    def __init__(self, keys: Iterable[str] = ()) -> None:
+        self._hashes = np.unique(np.fromiter(map(hash64, keys), np.uint64))
+
+    def __contains__(self, key: str) -> bool:
+        wanted = np.uint64(hash64(key))
+        at = int(np.searchsorted(self._hashes, wanted))
+        return at < len(self._hashes) and bool(self._hashes[at] == wanted)
+
+    def __len__(self) -> int:
+        return len(self._hashes)
+
+
 def mend(path: Path) -> None:
     """Cut off the torn last line that a kill may have left; a complete one only lacks its newline."""
     with path.open("r+b") as file:
@@ -182,11 +205,14 @@ class Appender:
             raise Failed(f"cannot write {shown(self.path)}: {error.strerror}; rerun to resume") from error
         self.size += len(line)
         if time.monotonic() - self._synced > self.SYNC_SECONDS:
-            os.fsync(self._file.fileno())
-            self._synced = time.monotonic()
+            self.sync()
+
+    def sync(self) -> None:
+        os.fsync(self._file.fileno())
+        self._synced = time.monotonic()
 
     def close(self) -> None:
-        os.fsync(self._file.fileno())
+        self.sync()
         self._file.close()
 
     def __enter__(self) -> Appender:

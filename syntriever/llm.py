@@ -1,7 +1,8 @@
-"""The teacher: chat requests in, typed replies out, and a ledger so that none is paid for twice.
+"""How the LLM stages ask: many requests at once, each through the ledger, each row written when it
+is complete.
 
 A stage writes one coroutine per row that awaits `Asker.ask` for each request it needs;
-`work_through` runs many of them at once. A teacher only answers one request:
+`append_rows` runs many of them at once. A teacher only answers one request:
 
     async def answer(self, request: Request) -> Reply
 """
@@ -10,46 +11,21 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import itertools
+import json
 import re
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
-from syntriever import jsonl, paths, stage
+from syntriever import cost, jsonl, paths, stage
 from syntriever.errors import BadInput, Failed
+from syntriever.ledger import Ledger, Reply, Request
 
 T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class Request:
-    """One prompt. `choices` names the only replies a verdict may have, lower case."""
-
-    step: str
-    item: tuple[str, ...]  # what it is about: (query,) or (query, first passage id, second passage id)
-    prompt: str
-    temperature: float
-    max_tokens: int
-    choices: tuple[str, ...] = ()
-
-    def key(self, model: str) -> str:
-        """Content address in the ledger: everything that decides the reply."""
-        return stage.text_sha256([model, self.prompt, self.temperature, self.max_tokens, self.choices])[:32]
-
-
-@dataclass(frozen=True)
-class Reply:
-    """What came back. `reason` is empty for a usable reply and else names why it is not."""
-
-    text: str = ""
-    reason: str = ""
-    finish_reason: str = ""
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
-    attempts: int = 1
 
 
 class Teacher(Protocol):
@@ -64,59 +40,30 @@ class Teacher(Protocol):
     async def close(self) -> None: ...
 
 
-class Ledger:
-    """Append-only file of every reply received, addressed by content. Memory is 170 bytes a reply."""
+@runtime_checkable
+class Deferred(Protocol):
+    """A teacher that answers later: `Reply(reason="pending")` until a run that `collect`s the reply."""
 
-    def __init__(self, path: Path, retry_failed: bool) -> None:
-        self._appender = jsonl.Appender(path)
-        self._path = path
-        self._offsets: dict[bytes, int] = {}
-        fields: dict[str, type | tuple[type, ...]] = {"key": str, "text": str, "reason": str}
-        for number, offset, row in jsonl.read_with_offsets(path, fields):
-            try:
-                key = bytes.fromhex(row["key"])
-            except ValueError:
-                raise BadInput(f"{paths.shown(path)}:{number}: 'key' is not hexadecimal") from None
-            if row["reason"] and retry_failed:
-                self._offsets.pop(key, None)
-            else:
-                self._offsets[key] = offset
-        self._reader = path.open("rb")
+    def collect(self, ledger: Ledger, meter: cost.Meter) -> None: ...
 
-    def get(self, key: str) -> Reply | None:
-        offset = self._offsets.get(bytes.fromhex(key))
-        if offset is None:
-            return None
-        self._reader.seek(offset)
-        row = jsonl.parse(self._reader.readline(), self._path, 0, {"key": str})
-        return Reply(**{name: row[name] for name in Reply.__dataclass_fields__})
-
-    def add(self, key: str, request: Request, model: str, reply: Reply) -> None:
-        offset = self._appender.size
-        self._appender.add({"key": key, "step": request.step, "item": request.item, "model": model, **asdict(reply)})
-        self._offsets[bytes.fromhex(key)] = offset
-
-    def close(self) -> None:
-        self._reader.close()
-        self._appender.close()
+    def submit(self) -> None: ...
 
 
 class Asker:
-    """Asks a teacher, through the ledger, and keeps the counts the stage reports."""
+    """Asks a teacher through the ledger, within the meter's limits."""
 
-    def __init__(self, teacher: Teacher, ledger: Ledger | None, max_requests: int | None = None) -> None:
-        self.teacher, self.ledger, self.max_requests = teacher, ledger, max_requests
-        self.counts: Counter[str] = Counter()
-        self.started = time.monotonic()
+    def __init__(self, teacher: Teacher, ledger: Ledger | None = None, meter: cost.Meter | None = None) -> None:
+        self.teacher, self.ledger, self.meter = teacher, ledger, meter or cost.Meter()
+        self.from_ledger = 0
         self._in_flight: dict[tuple[str, tuple[str, ...]], asyncio.Task[Reply]] = {}
 
     async def ask(self, request: Request) -> Reply:
         """Reply to one request, from the ledger where it was already received. The same request
         asked twice at once is sent once."""
         key = request.key(self.teacher.model)
-        if self.ledger and (known := self.ledger.get(key)):
-            self.counts["from the ledger"] += 1
-            return known
+        if self.ledger and (known := self.ledger.get(key, request.max_tokens)):
+            self.from_ledger += 1
+            return checked(request, known)
         same = key, request.item
         if same not in self._in_flight:
             task = asyncio.create_task(self._send(key, request))
@@ -135,13 +82,18 @@ class Asker:
         return replies  # type: ignore[return-value]
 
     async def _send(self, key: str, request: Request) -> Reply:
-        if self.teacher.live and self.max_requests is not None and self.counts["requests"] >= self.max_requests:
-            raise Failed(f"stopped at --max-requests {self.max_requests}; run again with a higher one to go on")
-        self.counts["requests"] += self.teacher.live
-        reply = await self.teacher.answer(request)
-        self.counts["prompt tokens"] += reply.prompt_tokens
-        self.counts["completion tokens"] += reply.completion_tokens
-        # A reply that never arrived (no finish reason) may be asked again; one that did is kept.
+        if not self.teacher.live:
+            return checked(request, await self.teacher.answer(request))
+        reserved = await self.meter.admit(request)
+        try:
+            reply = checked(request, await self.teacher.answer(request))
+        except (BadInput, Failed):
+            self.meter.settle(reserved)
+            raise
+        pending = reply.reason == "pending"
+        self.meter.settle(0.0 if pending else reserved)
+        if not pending:
+            self.meter.add(request.step, reply)
         if self.ledger and reply.finish_reason:
             self.ledger.add(key, request, self.teacher.model, reply)
         return reply
@@ -150,24 +102,32 @@ class Asker:
         """Reply whose text is one of `request.choices`. Anything else is asked once more, with the
         grammar spelled out, and then fails with the reason `unparsable`; it is never guessed."""
         reply = await self.ask(request)
-        # A judge that talks is cut off at a few tokens: unparsable too, not a failed request.
-        if reply.reason in ("", "length") and parse_verdict(reply.text, request.choices) is None:
+        if reply.reason == "unparsable":
             reminder = f"\n\nAnswer with exactly one word and nothing else: {' or '.join(request.choices)}."
             second = await self.ask(replace(request, prompt=request.prompt + reminder))
             reply = replace(second, attempts=reply.attempts + second.attempts)
-        if reply.reason not in ("", "length"):
-            return reply
-        verdict = parse_verdict(reply.text, request.choices)
-        return replace(reply, text=verdict, reason="") if verdict else replace(reply, reason="unparsable")
+        return reply if reply.reason else replace(reply, text=parse_verdict(reply.text, request.choices) or "")
 
-    def summary(self) -> str:
-        seconds = time.monotonic() - self.started
-        counts = ", ".join(f"{number:,} {name}" for name, number in self.counts.items() if number)
-        return f"{counts or 'no request'} in {seconds:.0f} s"
+
+def checked(request: Request, reply: Reply) -> Reply:
+    """`reply`, with the reason `unparsable` where it should be a verdict and is none. A judge that
+    talks is cut off after a few tokens: unparsable too, rather than a truncated reply."""
+    if request.choices and reply.reason in ("", "length", "empty"):
+        return replace(reply, reason="" if parse_verdict(reply.text, request.choices) else "unparsable")
+    return reply
 
 
 def parse_verdict(text: str, choices: tuple[str, ...]) -> str | None:
-    """The choice that `text` is, apart from case, quotes and a full stop; None for anything else."""
+    """The choice that `text` is, apart from case, quotes and a full stop, or that it names as
+    {"verdict": choice}; None for anything else."""
+    if text.lstrip().startswith("{"):
+        try:
+            fields = json.loads(text)
+        except (ValueError, RecursionError):
+            return None
+        if set(fields) != {"verdict"} or not isinstance(fields["verdict"], str):
+            return None
+        text = fields["verdict"]
     word = text.strip().strip("\"'*`.").lower()
     return word if word in choices else None
 
@@ -208,28 +168,50 @@ def work_through(items: Iterable[T], work: Callable[[T], Awaitable[None]], teach
         raise errors[0]
 
 
-# Reasons that say something about the data, not that a request went wrong.
-BENIGN = {"not_recorded", "tie", "disagreement"}
+# Reasons that say something about the data, or that only more time is needed: no request went wrong.
+BENIGN = {"not_recorded", "tie", "disagreement", "pending"}
+
+SAMPLE = 100  # rows that an estimate is made from
 
 
 def append_rows(
     output: Path,
+    ledger_path: Path,
     items: Iterable[T],
     total: int,
     work: Callable[[Asker, T], Awaitable[jsonl.Row]],
     teacher: Teacher,
     args: argparse.Namespace,
     unit: str,
-) -> Counter[str]:
+) -> tuple[Counter[str], dict[str, Any]]:
     """Run `work` on each of the `total` items and append its row to `output` as soon as it is complete.
 
     A row with a "reason" goes to the failed file beside the output instead (`not_recorded` is only
-    counted). Returns how many rows were "written" and how many had each reason.
+    counted). Returns how many rows were "written" and how many had each reason, and what was used.
+    With `--dry-run` only the estimate is made, and nothing is written.
     """
     from tqdm import tqdm
 
+    if not teacher.live:
+        ledger, meter = None, cost.Meter()
+        if args.dry_run:
+            stage.say("estimate: recorded answers cost nothing")
+    else:
+        if args.dry_run and ledger_path.is_file():
+            jsonl.mend(ledger_path)
+        ledger = Ledger(ledger_path, args.retry_failed, read_only=args.dry_run)
+        price, spent = cost.price_of(teacher.model, args.batch), ledger.used(teacher.model)
+        meter = cost.Meter(price, args.max_requests, args.max_cost, spent)
+        if isinstance(teacher, Deferred) and not args.dry_run:
+            teacher.collect(ledger, meter)
+        rest = iter(items)
+        sample = list(itertools.islice(rest, SAMPLE))
+        items = itertools.chain(sample, rest)
+        estimate(sample, total, work, teacher.model, ledger, price, args.max_cost)
     counts: Counter[str] = Counter()
-    asker = Asker(teacher, Ledger(paths.ledger(output), args.retry_failed) if teacher.live else None, args.max_requests)
+    if args.dry_run:
+        return counts, {}
+    asker, started = Asker(teacher, ledger, meter), time.monotonic()
     # What failed before is tried again, or comes from the ledger: its old rows would be repeated.
     paths.failed(output).unlink(missing_ok=True)
     with (
@@ -243,19 +225,50 @@ def append_rows(
             counts[row.get("reason", "written")] += 1
             if "reason" not in row:
                 rows.add(row)
-            elif row["reason"] != "not_recorded":
+            elif row["reason"] not in ("not_recorded", "pending"):
                 failures.add(row)
             bar.update()
 
         try:
             work_through(items, work_and_write, teacher)
+        except cost.LimitReached:
+            if isinstance(teacher, Deferred):
+                teacher.submit()
+            raise
         finally:
-            if asker.ledger:
-                asker.ledger.close()
+            if ledger:
+                ledger.close()
+            bar.close()
+            stage.say(f"asked  in {time.monotonic() - started:.0f} s; {asker.from_ledger:,} replies were in the ledger")
+            if meter.steps:
+                stage.say(meter.table())
     if not failures.size:
         failures.path.unlink()
-    stage.say(f"asked  {asker.summary()}")
-    return counts
+    if isinstance(teacher, Deferred):
+        teacher.submit()
+    return counts, meter.results()
+
+
+def estimate(
+    sample: list[T],
+    total: int,
+    work: Callable[[Asker, T], Awaitable[jsonl.Row]],
+    model: str,
+    ledger: Ledger,
+    price: cost.Price | None,
+    max_cost: float | None,
+) -> None:
+    """Print what the rows take at most: `work` on a sample of them, with imagined replies."""
+    if not sample:
+        return
+    imagined = cost.Imagined(model, ledger, price)
+    asker = Asker(imagined, ledger)
+
+    async def imagine(item: T) -> None:
+        await work(asker, item)
+
+    work_through(sample, imagine, imagined)
+    cost.say_estimate(imagined, len(sample), total, max_cost)
 
 
 def check_failures(counts: Counter[str], done: int, output: Path, limit: float) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from syntriever.errors import BadInput
-from syntriever.llm import Reply, Request
+from syntriever.ledger import Reply, Request
 
 
 def locate(name: str) -> tuple[str, str | None]:

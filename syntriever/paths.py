@@ -80,9 +80,24 @@ def failed(path: Path) -> Path:
     return path.with_name(path.stem + ".failed.jsonl")
 
 
-def ledger(path: Path) -> Path:
-    """Every reply an LLM stage received, beside its output."""
-    return path.with_name(path.stem + ".ledger.jsonl")
+def synthesis_ledger(ds: str) -> Path:
+    """Every reply that synthesis received."""
+    return home() / "datasets" / f"{check_name(ds)}_synthetic.ledger.jsonl"
+
+
+def comparison_ledger(ds: str) -> Path:
+    """Every reply that comparison received: one for all models, whose top passages overlap."""
+    return home() / "stage2" / f"{check_name(ds)}_preferences.ledger.jsonl"
+
+
+def batches(path: Path) -> Path:
+    """The batches that an LLM stage has submitted and not collected, beside its output."""
+    return path.with_name(path.stem + ".batches.json")
+
+
+def report(path: Path, suffix: str) -> Path:
+    """What the judge's verdicts are worth, beside the preferences."""
+    return path.with_name(path.stem + f".report{suffix}")
 
 
 def run_json(path: Path) -> Path:

@@ -18,13 +18,14 @@ from pathlib import Path
 from typing import Any
 
 from syntriever import jsonl, paths
-from syntriever.errors import BadInput, Failed
+from syntriever.errors import BadInput, Failed, Waiting
 
 PACKAGES = ("torch", "transformers", "sentence-transformers", "datasets", "faiss-cpu", "beir", "openai", "numpy")
 
 
 def run(main: Callable[[argparse.Namespace], None], parse_args: Callable[[], argparse.Namespace]) -> int:
-    """Exit code of a stage: 0 complete, 1 failed while running, 2 bad input, 130 interrupted."""
+    """Exit code of a stage: 0 complete, 1 failed while running, 2 bad input, 75 come back later (the
+    EX_TEMPFAIL of sysexits), 130 interrupted."""
     # Set before any heavy import: the libraries read them once. Progress bars are ours.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
@@ -37,6 +38,9 @@ def run(main: Callable[[argparse.Namespace], None], parse_args: Callable[[], arg
     except Failed as error:
         print(f"failed: {error}", file=sys.stderr)
         return 1
+    except Waiting as waiting:
+        print(f"waiting: {waiting}", file=sys.stderr)
+        return 75
     except OSError as error:
         print(f"failed: {error.filename or 'writing'}: {error.strerror or error}", file=sys.stderr)
         return 1
@@ -86,11 +90,12 @@ class Record:
                 "sha256": sha256(path),
             }
 
-    def resumes(self, output: Path, settings: dict[str, Any], force: bool) -> bool:
+    def resumes(self, output: Path, settings: dict[str, Any], force: bool, dry_run: bool = False) -> bool:
         """Whether `output` exists and can be appended to: it was made under the same `settings`.
 
         Otherwise `BadInput` names what changed; `force` sets the old file aside. Changed inputs
-        (`reads`) count as changed settings. From here on until `write`, the output is unfinished.
+        (`reads`) count as changed settings. From here on until `write`, the output is unfinished;
+        with `dry_run` nothing is touched.
         """
         self.settings = settings | {name: read["sha256"][:12] for name, read in self.inputs.items()}
         resumed = output.is_file() and output.stat().st_size > 0
@@ -109,9 +114,11 @@ class Record:
                 raise BadInput(f"{message}.\nPass --force to start anew (the old file is kept as {aside.name})")
             if message:
                 say(f"note:  {message}; it is kept as {aside.name}")
-                output.rename(aside)
                 resumed = False
-        self.write(output, complete=False)
+                if not dry_run:
+                    output.rename(aside)
+        if not dry_run:
+            self.write(output, complete=False)
         return resumed
 
     def write(self, output: Path, complete: bool = True, **results: Any) -> None:
