@@ -377,7 +377,7 @@ def test_outcome_of_every_fault(run, no_backoff, monkeypatch):
         for path in (paths.synthetic("tiny"), paths.synthesis_ledger("tiny")):
             path.unlink(missing_ok=True)
         with LLMServer(fault=broken(fault, "cot", "topic 05"), latency=0.06, retry_after=0.5) as server:
-            given = ["--attempts", 3, "--timeout", 0.5, "--concurrency", 4]
+            given = ["--attempts", 3, "--timeout", 0.5]
             if fault == "insufficient_quota":
                 assert "quota" in run(server, SYNTHESIS, *given, code=1)
             else:
