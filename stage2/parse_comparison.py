@@ -114,16 +114,22 @@ async def compare(asker: llm.Asker, pair: Pair, query: str, corpus: beir.Corpus,
     return {"preferred_id": winner, "rejected_id": pair.second if winner == pair.first else pair.first, **row}
 
 
-def load_top(path: Path, k: int, limit: int | None, seed: int) -> dict[str, tuple[str, list[str]]]:
-    """{query id: (query, ids of its top `k` passages)}, of `limit` queries of a seeded shuffle."""
-    top = {}
-    for number, _, row in jsonl.read_with_offsets(path, {"query_id": str, "query": str, "passages": list}):
-        if len(row["passages"]) < k:
-            raise BadInput(f"{paths.shown(path)}:{number}: --k {k} but only {len(row['passages'])} passages were retrieved")
-        top[row["query_id"]] = (row["query"], [passage["id"] for passage in row["passages"][:k]])
+def load_top(path: Path, k: int, limit: int | None, seed: int) -> tuple[jsonl.Table, list[str]]:
+    """(rows of the retrieval file by query id, ids of `limit` queries of a seeded shuffle)."""
+
+    def check(row: jsonl.Row) -> str | None:
+        found = len(row["passages"])
+        return f"--k {k} but only {found} passages were retrieved" if found < k else None
+
+    top = jsonl.Table(path, "query_id", {"query": str, "passages": list}, check)
     chosen = sorted(top)
     random.Random(seed).shuffle(chosen)
-    return {query_id: top[query_id] for query_id in chosen[:limit]}
+    return top, chosen[:limit]
+
+
+def pairs_of(row: jsonl.Row, args: argparse.Namespace) -> list[Pair]:
+    """The pairs of one query that are compared."""
+    return choose_pairs(row["query_id"], [passage["id"] for passage in row["passages"][: args.k]], args.pairs, args.seed)
 
 
 def report_on(output: Path, gold: beir.Qrels, title: str) -> None:
@@ -147,16 +153,16 @@ def main(args: argparse.Namespace) -> None:
     source, output = paths.top(ref.name, args.dataset, args.top_k), paths.preferences(ref.name, args.dataset)
     if not source.is_file():
         raise BadInput(f"{paths.shown(source)} is not there. Run: python retrieval.py {args.model} {args.dataset}")
-    top = load_top(source, args.k, args.limit, args.seed)
+    top, chosen = load_top(source, args.k, args.limit, args.seed)
     stage.check_fresh([source], args.force)
     corpus = beir.Corpus(args.dataset)
     args.llm = teachers.default_llm(args.dataset, args.llm, args.base_url)
     teacher = teachers.make_teacher(args.llm, args.dataset, output, args)
     ledger = args.ledger or paths.comparison_ledger(args.dataset)
-    every = min(args.pairs, args.k * (args.k - 1) // 2) * len(top)
+    every = min(args.pairs, args.k * (args.k - 1) // 2) * len(chosen)
 
-    async def work(asker: llm.Asker, pair: Pair) -> jsonl.Row:
-        query = top[pair.query_id][0]
+    async def work(asker: llm.Asker, item: tuple[Pair, str]) -> jsonl.Row:
+        pair, query = item
         return {**await compare(asker, pair, query, corpus, args.both_orders, args.verdict_max_tokens), "llm": args.llm}
 
     with jsonl.lock(output), jsonl.lock(ledger):
@@ -166,16 +172,12 @@ def main(args: argparse.Namespace) -> None:
         settings |= {"prompt": stage.text_sha256([PROMPT, MAX_PASSAGE_CHARACTERS])[:12], "temperature": TEMPERATURE}
         done = jsonl.Seen()
         if record.resumes(output, settings, args.force, args.dry_run):
-            rows = jsonl.read(output, {"query_id": str, "shown": list})
-            done = jsonl.Seen(str(Pair(row["query_id"], *row["shown"])) for row in rows)
-        pending = (
-            pair
-            for query_id, (_, ids) in top.items()
-            for pair in choose_pairs(query_id, ids, args.pairs, args.seed)
-            if str(pair) not in done
-        )
+            made = jsonl.read(output, {"query_id": str, "shown": list})
+            done = jsonl.Seen(str(Pair(row["query_id"], *row["shown"])) for row in made)
+        rows = filter(None, map(top.get, chosen))
+        pending = ((pair, row["query"]) for row in rows for pair in pairs_of(row, args) if str(pair) not in done)
         todo = every - len(done)
-        stage.say(f"read   top {args.k} of {len(top):,} queries: {every:,} pairs, {len(done):,} done, {todo:,} to ask")
+        stage.say(f"read   top {args.k} of {len(chosen):,} queries: {every:,} pairs, {len(done):,} done, {todo:,} to ask")
         counts, used = llm.append_rows(output, ledger, pending, todo, work, teacher, args, unit="pair")
         if args.dry_run:
             return

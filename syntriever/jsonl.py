@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -108,20 +108,31 @@ class Table:
     """Rows of a JSONL file by the value of one field, read from disk as they are asked for.
 
     Memory is the keys and an offset each. Raises `BadInput` with `file:line` on a malformed row or
-    a key that occurs twice.
+    a key that occurs twice, or where `check(row)` returns a complaint.
     """
 
-    def __init__(self, path: Path, key: str, fields: dict[str, type | tuple[type, ...]]) -> None:
+    def __init__(
+        self,
+        path: Path,
+        key: str,
+        fields: dict[str, type | tuple[type, ...]],
+        check: Callable[[Row], str | None] = lambda row: None,
+    ) -> None:
         self.path, self.fields = path, {key: str, **fields}
         self._offsets: dict[str, tuple[int, int]] = {}
         for number, offset, row in read_with_offsets(path, self.fields):
             if row[key] in self._offsets:
                 raise BadInput(f"{shown(path)}:{number}: {key} {row[key]!r} was already on line {self._offsets[row[key]][0]}")
+            if complaint := check(row):
+                raise BadInput(f"{shown(path)}:{number}: {complaint}")
             self._offsets[row[key]] = number, offset
         self._file = path.open("rb")
 
     def __contains__(self, key: str) -> bool:
         return key in self._offsets
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._offsets)
 
     def __len__(self) -> int:
         return len(self._offsets)
