@@ -16,6 +16,7 @@ import hashlib
 import itertools
 import random
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -174,11 +175,15 @@ def main(args: argparse.Namespace) -> None:
         if record.resumes(output, settings, args.force, args.dry_run):
             made = jsonl.read(output, {"query_id": str, "shown": list})
             done = jsonl.Seen(str(Pair(row["query_id"], *row["shown"])) for row in made)
-        rows = filter(None, map(top.get, chosen))
-        pending = ((pair, row["query"]) for row in rows for pair in pairs_of(row, args) if str(pair) not in done)
-        todo = every - len(done)
-        stage.say(f"read   top {args.k} of {len(chosen):,} queries: {every:,} pairs, {len(done):,} done, {todo:,} to ask")
-        counts, used = llm.append_rows(output, ledger, pending, todo, work, teacher, args, unit="pair")
+
+        def pending() -> Iterator[tuple[Pair, str]]:
+            for row in filter(None, map(top.get, chosen)):
+                yield from ((pair, row["query"]) for pair in pairs_of(row, args) if str(pair) not in done)
+
+        # What is done may be of other queries: another limit, another seed.
+        todo = sum(1 for _ in pending()) if len(done) else every
+        stage.say(f"read   top {args.k} of {len(chosen):,} queries: {every:,} pairs, {every - todo:,} done, {todo:,} to ask")
+        counts, used = llm.append_rows(output, ledger, pending(), todo, work, teacher, args, unit="pair")
         if args.dry_run:
             return
         stage.say(f"wrote  {paths.shown(output)}: {counts['written']:,} new preferences of {len(done) + counts['written']:,}")

@@ -284,9 +284,7 @@ def test_killed_at_random_moments_loses_and_repeats_nothing(lab, run_script, mon
         assert not kept & set(final[position:]), "asked again for an answer that was kept"
     assert len(final) - len(set(final)) <= in_flight
     assert sorted(row["key"] for row in rows(ledger)) == sorted(keys.values())
-    print(
-        f"{kills} kills, {concurrency} workers: {len(final)} requests for {len(keys)} replies, {in_flight} were in flight at a kill"
-    )
+    print(f"{kills} kills, {concurrency} workers: {len(final)} requests for {len(keys)} replies, {in_flight} in flight at a kill")
     assert len(rows(paths.synthetic("more"))) == queries
     assert synthetic("more") == expected
 
