@@ -1,8 +1,8 @@
-# make demo [LLM=smollm2|gpt-4o|...]   make test   make check   make clean
+# make demo [LLM=smollm2|gpt-4o|...] [LEDGER=FILE]   make test   make check   make bench   make clean
 PYTHON ?= python3.11
 BIN := .venv/bin
 
-.PHONY: install demo test check clean
+.PHONY: install demo test check bench clean
 
 install: .venv/installed
 
@@ -24,6 +24,9 @@ check: install
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+bench: install
+	$(BIN)/python bench/teacher.py
 
 clean:
 	rm -rf .venv .pytest_cache .ruff_cache .mypy_cache

@@ -1,10 +1,12 @@
 #!/usr/bin/env bash
 # The README's six commands on the embedded dataset. LLM=replay (default) | smollm2 | gpt-4o | ...
+# LEDGER=FILE keeps a live teacher's replies there; with LLM=replay they are what answers.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
 LLM="${LLM:-replay}"
 TEACHER=(--llm "$LLM" --force)
+if [ -n "${LEDGER:-}" ]; then TEACHER+=(--ledger "$LEDGER"); fi
 # A live teacher is asked about a few queries only; set LIMIT to ask about more.
 if [ "$LLM" != replay ]; then TEACHER+=(--limit "${LIMIT:-16}"); fi
 # A model of 135M parameters fails often; the demo goes on with what it can do.

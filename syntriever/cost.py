@@ -105,7 +105,7 @@ class Meter:
 
     def table(self) -> str:
         lines = [f"       {'step':<10}{'requests':>10}{'prompt tokens':>16}{'completion tokens':>20}{'USD':>10}"]
-        steps = list(self.steps.items())
+        steps = sorted(self.steps.items())
         if len(steps) > 1:
             steps.append(("total", {name: sum(used[name] for used in self.steps.values()) for name in steps[0][1]}))
         for step, used in steps:
