@@ -197,8 +197,6 @@ def append_rows(
         if args.dry_run:
             stage.say("estimate: recorded answers cost nothing")
     else:
-        if args.dry_run and ledger_path.is_file():
-            jsonl.mend(ledger_path)
         ledger = Ledger(ledger_path, args.retry_failed, read_only=args.dry_run)
         price, spent = cost.price_of(teacher.model, args.batch), ledger.used(teacher.model)
         meter = cost.Meter(price, args.max_requests, args.max_cost, spent)

@@ -100,7 +100,8 @@ class Record:
         self.settings = settings | {name: read["sha256"][:12] for name, read in self.inputs.items()}
         resumed = output.is_file() and output.stat().st_size > 0
         if resumed:
-            jsonl.mend(output)
+            if not dry_run:
+                jsonl.mend(output)
             was = (load_record(output) or {}).get("settings")
             if was is None:
                 message = f"{paths.shown(output)} was not made by this script (no {paths.run_json(output).name} beside it)"
