@@ -122,12 +122,12 @@ def parse_verdict(text: str, choices: tuple[str, ...]) -> str | None:
     {"verdict": choice}; None for anything else."""
     if text.lstrip().startswith("{"):
         try:
-            fields = json.loads(text)
+            fields = json.loads(text, object_pairs_hook=list)  # pairs, to see a name that stands there twice
         except (ValueError, RecursionError):
             return None
-        if set(fields) != {"verdict"} or not isinstance(fields["verdict"], str):
+        if len(fields) != 1 or fields[0][0] != "verdict" or not isinstance(fields[0][1], str):
             return None
-        text = fields["verdict"]
+        text = fields[0][1]
     word = text.strip().strip("\"'*`.").lower()
     return word if word in choices else None
 
