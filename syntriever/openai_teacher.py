@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import os
 import random
 import re
@@ -136,13 +137,13 @@ class OpenAITeacher:
                 if fatal := self.fatal(error.status_code):
                     raise self._stop(fatal) from None
                 # The client's own message would quote the whole error, its type included.
-                message = str(error.body.get("message") if isinstance(error.body, dict) else error.message)
+                message = str((isinstance(error.body, dict) and error.body.get("message")) or error.message)
                 if self.adapt(error.status_code, message, body):
                     continue
                 if error.status_code < 500 and error.status_code not in (408, 409):
                     return Reply(reason=refusal(error.code, message), finish_reason="error", attempts=attempt)
                 reason = f"http_{error.status_code}"
-                wait = _retry_after(error, wait)
+                wait = min(60.0, _retry_after(error, wait))
             except openai.APIConnectionError:
                 reason = "connection"
             except (openai.APIError, ValueError):  # HTML, cut-off JSON, no choices
@@ -204,7 +205,7 @@ class OpenAITeacher:
             message, usage = choice["message"], completion.get("usage")
             text = (message.get("content") or "").encode("utf-8", "replace").decode()  # half a surrogate pair
             finish = str(choice.get("finish_reason") or "stop")
-            if usage is None:
+            if not usage:
                 self._once("usage", "reports no usage; tokens and cost are estimates (four bytes a token)")
                 usage = {"prompt_tokens": len(request.prompt.encode()) // 4, "completion_tokens": len(text.encode()) // 4}
             tokens = {name: int(usage.get(name) or 0) for name in ("prompt_tokens", "completion_tokens")}
@@ -247,7 +248,7 @@ class Pace:
                 rate = max(limit - left, left) / reset
             if left is None or left < each * self._workers:
                 gap = max(gap, each / rate)
-        self._gap = gap
+        self._gap = min(gap, 60.0)  # a server that means an hour by its headers will say so with 429
 
     async def turn(self) -> None:
         """Wait for this request's turn."""
@@ -259,9 +260,10 @@ class Pace:
 
 def _number(value: str | None) -> float | None:
     try:
-        return float(value) if value is not None else None
+        number = float(value or "")
     except ValueError:
         return None
+    return number if math.isfinite(number) else None
 
 
 def _seconds(value: str | None) -> float | None:
