@@ -50,8 +50,8 @@ class Meter:
     """Requests and tokens per step, and the limits on their sum.
 
     `--max-cost` is a budget for all runs together: what the ledger holds counts as `spent`. A request
-    is admitted only if the budget holds even when it and all in flight use every token they may;
-    prompt tokens are taken as one per three bytes until the server tells.
+    is admitted only if the budget holds even when it and all in flight use every token they may:
+    no tokenizer makes more tokens of a prompt than it has bytes.
     """
 
     def __init__(
@@ -70,7 +70,7 @@ class Meter:
 
     async def admit(self, request: Request) -> float:
         """Wait until the request fits the limits; USD reserved for it. Raises `LimitReached`."""
-        worst = self.price.of(len(request.prompt.encode()) / 3 + 20, request.max_tokens) if self.price else 0.0
+        worst = self.price.of(len(request.prompt.encode()) + 20, request.max_tokens) if self.price else 0.0
         while self._max_cost is not None and self._before + self._cost + self._reserved + worst > self._max_cost:
             if self._before + self._cost + worst > self._max_cost or not self._in_flight:
                 spent = f"{self._before + self._cost:.4f} USD spent so far, the next request may cost {worst:.4f}"
