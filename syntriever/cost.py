@@ -123,7 +123,7 @@ class Imagined:
 
     def __init__(self, model: str, ledger: Ledger, price: Price | None) -> None:
         self.model, self.meter, self.guessed = model, Meter(price), False
-        self._ledger = ledger
+        self._ledger, self.spent = ledger, ledger.used(model)
         self._count, self.tokenizer = token_counter(model)
 
     async def answer(self, request: Request) -> Reply:
@@ -147,7 +147,7 @@ def token_counter(model: str) -> tuple[Callable[[str], int], str]:
 
         encoding = tiktoken.encoding_for_model(model)
         return lambda text: len(encoding.encode(text, disallowed_special=())), f"tiktoken {encoding.name}"
-    except (KeyError, OSError):  # not a model of OpenAI; or its vocabulary cannot be downloaded
+    except (KeyError, OSError, ValueError):  # not a model of OpenAI; or its vocabulary cannot be had, or is another file
         pass
     if "/" in model:
         try:
@@ -169,6 +169,6 @@ def say_estimate(imagined: Imagined, sampled: int, total: int, max_cost: float |
     bound = "replies as long as allowed" if imagined.guessed else "replies as long as those in the ledger"
     stage.say(f"estimate for {total:,} rows, from {sampled} of them; {bound}; {imagined.tokenizer}; {price}")
     stage.say(meter.table())
-    cost = sum(meter.price.of(u["prompt_tokens"], u["completion_tokens"]) for u in meter.steps.values()) if meter.price else 0
-    if max_cost is not None and cost > max_cost:
+    tokens = [imagined.spent, *((used["prompt_tokens"], used["completion_tokens"]) for used in meter.steps.values())]
+    if meter.price and max_cost is not None and sum(meter.price.of(*used) for used in tokens) > max_cost:
         stage.say(f"note:  this may go beyond --max-cost {max_cost:g}; the run stops there and can be continued")
