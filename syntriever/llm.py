@@ -55,7 +55,7 @@ class Asker:
     def __init__(self, teacher: Teacher, ledger: Ledger | None = None, meter: cost.Meter | None = None) -> None:
         self.teacher, self.ledger, self.meter = teacher, ledger, meter or cost.Meter()
         self.from_ledger = 0
-        self._in_flight: dict[tuple[str, tuple[str, ...]], asyncio.Task[Reply]] = {}
+        self._in_flight: dict[str, asyncio.Task[Reply]] = {}
 
     async def ask(self, request: Request) -> Reply:
         """Reply to one request, from the ledger where it was already received. The same request
@@ -64,12 +64,12 @@ class Asker:
         if self.ledger and (known := self.ledger.get(key, request.max_tokens)):
             self.from_ledger += 1
             return checked(request, known)
-        same = key, request.item
-        if same not in self._in_flight:
-            task = asyncio.create_task(self._send(key, request))
-            self._in_flight[same] = task
-            task.add_done_callback(lambda _: self._in_flight.pop(same))
-        return await self._in_flight[same]
+        if not self.teacher.live:
+            return checked(request, await self.teacher.answer(request))
+        if key not in self._in_flight:
+            self._in_flight[key] = asyncio.create_task(self._send(key, request))
+            self._in_flight[key].add_done_callback(lambda _: self._in_flight.pop(key))
+        return await self._in_flight[key]
 
     async def ask_all(self, requests: Iterable[Request]) -> list[Reply]:
         """Replies to several requests at once, verdicts to those with choices. All are waited for,
@@ -82,8 +82,6 @@ class Asker:
         return replies  # type: ignore[return-value]
 
     async def _send(self, key: str, request: Request) -> Reply:
-        if not self.teacher.live:
-            return checked(request, await self.teacher.answer(request))
         reserved = await self.meter.admit(request)
         try:
             reply = checked(request, await self.teacher.answer(request))
