@@ -14,6 +14,7 @@ import asyncio
 import itertools
 import json
 import re
+import sqlite3
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable
@@ -138,17 +139,17 @@ def fill(prompt: str, **texts: str) -> str:
 def work_through(items: Iterable[T], work: Callable[[T], Awaitable[None]], teacher: Teacher) -> None:
     """Run `work` on every item, as many at a time as the teacher takes.
 
-    After the first `BadInput` or `Failed` nothing new is begun; what is in flight is waited for, so
+    After the first error of the input, the teacher or the disk nothing new is begun; what is in flight is waited for, so
     that its replies are kept, and then the error is raised.
     """
     iterator = iter(items)
-    errors: list[BadInput | Failed] = []
+    errors: list[Exception] = []
 
     async def worker() -> None:
         for item in iterator:
             try:
                 await work(item)
-            except (BadInput, Failed) as error:
+            except (BadInput, Failed, OSError, sqlite3.Error) as error:
                 errors.append(error)
             if errors:
                 return
