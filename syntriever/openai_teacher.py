@@ -136,8 +136,8 @@ class OpenAITeacher:
             except openai.APIStatusError as error:
                 if fatal := self.fatal(error.status_code):
                     raise self._stop(fatal) from None
-                # The client's own message would quote the whole error, its type included.
-                message = str((isinstance(error.body, dict) and error.body.get("message")) or error.message)
+                problem: Any = error.body  # FastAPI's has no message, but all in "detail"
+                message = str((isinstance(problem, dict) and problem.get("message")) or problem or error.message)
                 if self.adapt(error.status_code, message, body):
                     continue
                 if error.status_code < 500 and error.status_code not in (408, 409):
