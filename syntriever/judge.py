@@ -23,7 +23,7 @@ def share(part: int, whole: int) -> dict[str, Any]:
         return {"count": part, "of": whole, "share": None, "interval": None}
     z, p = 1.96, part / whole
     middle, half = p + z * z / (2 * whole), z * math.sqrt(p * (1 - p) / whole + z * z / (4 * whole * whole))
-    low, high = ((middle + sign * half) / (1 + z * z / whole) for sign in (-1, 1))
+    low, high = (abs(middle + sign * half) / (1 + z * z / whole) for sign in (-1, 1))  # abs: not -0.0
     return {"count": part, "of": whole, "share": round(p, 4), "interval": [round(low, 4), round(high, 4)]}
 
 
