@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import math
 import os
 import random
@@ -42,12 +43,16 @@ class OpenAITeacher:
                 f"--llm {model}: OPENAI_API_KEY is not set. Set it, or point --base-url at a local server, or use --llm smollm2"
             )
         # Retries are ours: one pause for all workers, and every attempt counted. A connection for each
-        # worker stays open, where the client's default keeps 100.
+        # worker stays open, where the client's default keeps 100; a client looks through all of its own at
+        # every request, so that several with few each take a fraction of the time of one with many.
         limits = httpx2.Limits(max_connections=None, max_keepalive_connections=concurrency)
         patience = httpx2.Timeout(timeout, connect=min(timeout, 15.0))
         self.options: dict[str, Any] = {"api_key": key or "none", "base_url": base_url, "max_retries": 0, "timeout": patience}
-        http = openai.DefaultAsyncHttpxClient(limits=limits, timeout=patience)
-        self._client = openai.AsyncOpenAI(**self.options, http_client=http)
+        self._clients = [
+            openai.AsyncOpenAI(**self.options, http_client=openai.DefaultAsyncHttpxClient(limits=limits, timeout=patience))
+            for _ in range(math.ceil(concurrency / 64))
+        ]
+        self._client, self._turns = self._clients[0], itertools.cycle(self._clients)
         self._response = httpx2.Response
         self.model, self.concurrency, self._attempts = model, concurrency, attempts
         self._limit_name = "max_tokens" if base_url else "max_completion_tokens"
@@ -81,7 +86,8 @@ class OpenAITeacher:
         return reply
 
     async def close(self) -> None:
-        await self._client.close()
+        for client in self._clients:
+            await client.close()
 
     def _stop(self, error: BadInput | Failed) -> BadInput | Failed:
         self._stopped = error
@@ -104,7 +110,7 @@ class OpenAITeacher:
 
     async def _send(self, body: dict[str, Any]) -> Any:
         """One HTTP exchange. The client's typed models are passed by: they double its work."""
-        return await self._client.post("/chat/completions", body=body, cast_to=self._response)
+        return await next(self._turns).post("/chat/completions", body=body, cast_to=self._response)
 
     async def _try_often(self, request: Request) -> Reply:
         import openai
