@@ -86,8 +86,8 @@ class Asker:
         reserved = await self.meter.admit(request)
         try:
             reply = checked(request, await self.teacher.answer(request))
-        except (BadInput, Failed):
-            self.meter.settle(reserved)
+        except BaseException:
+            self.meter.settle(reserved)  # others may wait for what it reserved
             raise
         pending = reply.reason == "pending"
         self.meter.settle(0.0 if pending else reserved)

@@ -365,11 +365,13 @@ def test_max_cost_is_a_budget_over_all_runs_and_never_exceeded(run, concurrency)
 
 def test_budget_that_runs_out_in_flight_stops_all_and_is_hard():
     class Slow:
-        model, live, concurrency, paid = "judge", True, 64, 0
+        model, live, concurrency, paid, broken = "judge", True, 64, 0, False
 
         async def answer(self, request):
             await asyncio.sleep(random.random() / 50)
             self.paid += 1
+            if self.broken:
+                raise OSError
             return Reply("text", "", "stop", 300, 10)
 
     async def ask_all(teacher, budget):
@@ -383,6 +385,8 @@ def test_budget_that_runs_out_in_flight_stops_all_and_is_hard():
         replies = asyncio.run(ask_all(teacher, budget))
         assert paid <= teacher.paid <= budget / 310
         assert sum(isinstance(reply, cost.LimitReached) for reply in replies) == 100 - teacher.paid
+    teacher.broken = True  # what fails gives back what it reserved
+    assert {type(reply) for reply in asyncio.run(ask_all(teacher, 1e4))} == {OSError}
 
 
 def test_max_cost_needs_a_price(run):
