@@ -155,7 +155,7 @@ def token_counter(model: str) -> tuple[Callable[[str], int], str]:
 
             tokenizer = AutoTokenizer.from_pretrained(model.removeprefix("hf:"), local_files_only=True)
             return lambda text: len(tokenizer(text)["input_ids"]), f"the tokenizer of {model}"
-        except (OSError, ValueError):
+        except (OSError, ValueError, ImportError):
             pass
     return lambda text: len(text.encode()) // 4 + 1, "four bytes a token: the model's tokenizer is not at hand"
 

@@ -303,6 +303,7 @@ def test_replay_of_a_ledger_gives_the_rows_of_the_live_run(lab, run, script):
     output.unlink()
     assert "--llm replay:another" in run(None, script, "--ledger", ledger, *given, code=2)
     assert "no reply of nobody" in run(None, script, "--ledger", ledger, "--llm", "replay:nobody", *given, code=2)
+    assert "name the ledger" in run(None, script, "--llm", "replay:judge", code=2)
     said = run(None, script, "--ledger", ledger, "--llm", "replay:judge", *given)
     left = [unordered(path) for path in (output, paths.failed(output))]
     lost = sum(map(len, live)) - sum(map(len, left))
