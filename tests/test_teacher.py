@@ -740,7 +740,7 @@ def test_512_requests_are_in_flight(monkeypatch):
     async def wait(reader, seconds):
         """The first is answered at once, the others when all are there."""
         while seconds and server.in_flight_peak < 512 and time.monotonic() < end:
-            await asyncio.sleep(0.05)
+            await asyncio.sleep(0.3)
 
     monkeypatch.setattr(llm_server, "client_leaves", wait)
     end = time.monotonic() + 20
