@@ -102,9 +102,9 @@ def ask(server, requests, concurrency=8, attempts=2, **attributes):
     """Replies of a teacher to many requests at once."""
 
     async def ask_all():
-        teacher = OpenAITeacher("judge", server.url, concurrency, attempts, 30)
+        teacher = OpenAITeacher("judge", server.url, concurrency, attempts, 60)
         vars(teacher).update(attributes)
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(60):
             asker = llm.Asker(teacher)
             replies = await asyncio.gather(*(asker.ask_verdict(r) if r.choices else asker.ask(r) for r in requests))
         await teacher.close()
@@ -245,7 +245,7 @@ def test_second_process_on_a_ledger_leaves_at_once_and_names_the_first(lab, run,
         command = [sys.executable, ROOT / SYNTHESIS, "tiny", "--llm", "judge", "--base-url", server.url, "--ledger"]
         with subprocess.Popen([*command, "all.jsonl"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as first:
             try:
-                end = time.monotonic() + 20
+                end = time.monotonic() + 50
                 while not server.requests and time.monotonic() < end:
                     time.sleep(0.01)
                 started = time.monotonic()
@@ -743,7 +743,7 @@ def test_512_requests_are_in_flight(monkeypatch):
             await asyncio.sleep(0.3)
 
     monkeypatch.setattr(llm_server, "client_leaves", wait)
-    end = time.monotonic() + 20
+    end = time.monotonic() + 50
     with LLMServer(latency=lambda body: float(prompt_of(body) != ONE.prompt)) as server:
         replies = ask(server, [ONE, *numbered(ONE, 512)], concurrency=512)
     assert server.in_flight_peak == 512
