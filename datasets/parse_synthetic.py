@@ -133,12 +133,13 @@ def main(args: argparse.Namespace) -> None:
         row = await synthesize(asker, queries[query_id], prompts, args.max_tokens, args.verdict_max_tokens)
         return {"query_id": query_id, "query": queries[query_id], **row, "llm": args.llm}
 
-    with jsonl.lock(output), jsonl.lock(ledger):
+    with jsonl.lock(output, args.dry_run), jsonl.lock(ledger, args.dry_run):
         record = stage.Record(args)
         record.reads(paths.queries(args.dataset), paths.qrels(args.dataset, "train"))
         done = jsonl.Seen()
         if record.resumes(output, settings, args.force, args.dry_run):
-            done = jsonl.Seen(row["query_id"] for row in jsonl.read(output, {"query_id": str, "verified": bool}))
+            rows = jsonl.read(output, {"query_id": str, "verified": bool}, torn=args.dry_run)
+            done = jsonl.Seen(row["query_id"] for row in rows)
         pending = [query_id for query_id in wanted if query_id not in done]
         stage.say(
             f"read   {len(wanted)} training queries of {args.dataset}: {len(wanted) - len(pending)} done, {len(pending)} to ask"

@@ -166,14 +166,14 @@ def main(args: argparse.Namespace) -> None:
         pair, query = item
         return {**await compare(asker, pair, query, corpus, args.both_orders, args.verdict_max_tokens), "llm": args.llm}
 
-    with jsonl.lock(output), jsonl.lock(ledger):
+    with jsonl.lock(output, args.dry_run), jsonl.lock(ledger, args.dry_run):
         record = stage.Record(args)
         record.reads(source, corpus.path)
         settings = {name: getattr(args, name) for name in ("llm", "k", "pairs", "both_orders", "seed")}
         settings |= {"prompt": stage.text_sha256([PROMPT, MAX_PASSAGE_CHARACTERS])[:12], "temperature": TEMPERATURE}
         done = jsonl.Seen()
         if record.resumes(output, settings, args.force, args.dry_run):
-            made = jsonl.read(output, {"query_id": str, "shown": list})
+            made = jsonl.read(output, {"query_id": str, "shown": list}, torn=args.dry_run)
             done = jsonl.Seen(str(Pair(row["query_id"], *row["shown"])) for row in made)
 
         def pending() -> Iterator[tuple[Pair, str]]:

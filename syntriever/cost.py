@@ -50,8 +50,8 @@ class Meter:
     """Requests and tokens per step, and the limits on their sum.
 
     `--max-cost` is a budget for all runs together: what the ledger holds counts as `spent`. A request
-    is admitted only if the budget holds even when it and all in flight use every token they may;
-    prompt tokens are taken as one per three bytes until the server tells.
+    is admitted only if the budget holds even when it and all in flight use every token they may:
+    no tokenizer makes more tokens of a prompt than it has bytes.
     """
 
     def __init__(
@@ -70,7 +70,7 @@ class Meter:
 
     async def admit(self, request: Request) -> float:
         """Wait until the request fits the limits; USD reserved for it. Raises `LimitReached`."""
-        worst = self.price.of(len(request.prompt.encode()) / 3 + 20, request.max_tokens) if self.price else 0.0
+        worst = self.price.of(len(request.prompt.encode()) + 20, request.max_tokens) if self.price else 0.0
         while self._max_cost is not None and self._before + self._cost + self._reserved + worst > self._max_cost:
             if self._before + self._cost + worst > self._max_cost or not self._in_flight:
                 spent = f"{self._before + self._cost:.4f} USD spent so far, the next request may cost {worst:.4f}"
@@ -123,7 +123,7 @@ class Imagined:
 
     def __init__(self, model: str, ledger: Ledger, price: Price | None) -> None:
         self.model, self.meter, self.guessed = model, Meter(price), False
-        self._ledger = ledger
+        self._ledger, self.spent = ledger, ledger.used(model)
         self._count, self.tokenizer = token_counter(model)
 
     async def answer(self, request: Request) -> Reply:
@@ -147,7 +147,7 @@ def token_counter(model: str) -> tuple[Callable[[str], int], str]:
 
         encoding = tiktoken.encoding_for_model(model)
         return lambda text: len(encoding.encode(text, disallowed_special=())), f"tiktoken {encoding.name}"
-    except (KeyError, OSError):  # not a model of OpenAI; or its vocabulary cannot be downloaded
+    except (KeyError, OSError, ValueError):  # not a model of OpenAI; or its vocabulary cannot be had, or is another file
         pass
     if "/" in model:
         try:
@@ -155,7 +155,7 @@ def token_counter(model: str) -> tuple[Callable[[str], int], str]:
 
             tokenizer = AutoTokenizer.from_pretrained(model.removeprefix("hf:"), local_files_only=True)
             return lambda text: len(tokenizer(text)["input_ids"]), f"the tokenizer of {model}"
-        except (OSError, ValueError):
+        except (OSError, ValueError, ImportError):
             pass
     return lambda text: len(text.encode()) // 4 + 1, "four bytes a token: the model's tokenizer is not at hand"
 
@@ -169,6 +169,6 @@ def say_estimate(imagined: Imagined, sampled: int, total: int, max_cost: float |
     bound = "replies as long as allowed" if imagined.guessed else "replies as long as those in the ledger"
     stage.say(f"estimate for {total:,} rows, from {sampled} of them; {bound}; {imagined.tokenizer}; {price}")
     stage.say(meter.table())
-    cost = sum(meter.price.of(u["prompt_tokens"], u["completion_tokens"]) for u in meter.steps.values()) if meter.price else 0
-    if max_cost is not None and cost > max_cost:
+    tokens = [imagined.spent, *((used["prompt_tokens"], used["completion_tokens"]) for used in meter.steps.values())]
+    if meter.price and max_cost is not None and sum(meter.price.of(*used) for used in tokens) > max_cost:
         stage.say(f"note:  this may go beyond --max-cost {max_cost:g}; the run stops there and can be continued")

@@ -50,16 +50,19 @@ def parse(line: bytes, path: Path, number: int, fields: dict[str, type | tuple[t
     return row
 
 
-def read(path: Path, fields: dict[str, type | tuple[type, ...]] | None = None) -> Iterator[Row]:
+def read(path: Path, fields: dict[str, type | tuple[type, ...]] | None = None, torn: bool = False) -> Iterator[Row]:
     """Rows of `path`, one at a time. A BOM, CRLF and blank lines are accepted.
 
-    Raises `BadInput` naming `file:line` on anything that is not a JSON object with `fields`.
+    Raises `BadInput` naming `file:line` on anything that is not a JSON object with `fields`; with
+    `torn`, a last line that has no end yet is left out instead.
     """
-    for _, _, row in read_with_offsets(path, fields or {}):
+    for _, _, row in read_with_offsets(path, fields or {}, torn):
         yield row
 
 
-def read_with_offsets(path: Path, fields: dict[str, type | tuple[type, ...]]) -> Iterator[tuple[int, int, Row]]:
+def read_with_offsets(
+    path: Path, fields: dict[str, type | tuple[type, ...]], torn: bool = False
+) -> Iterator[tuple[int, int, Row]]:
     """(line number, byte offset, row) of every row of `path`."""
     if not path.is_file():
         raise BadInput(f"{shown(path)}: no such file")
@@ -69,8 +72,15 @@ def read_with_offsets(path: Path, fields: dict[str, type | tuple[type, ...]]) ->
             start, offset = offset, offset + len(line)
             if number == 1 and line.startswith(b"\xef\xbb\xbf"):
                 line, start = line[3:], 3
-            if line.strip():
-                yield number, start, parse(line, path, number, fields)
+            if not line.strip():
+                continue
+            try:
+                row = parse(line, path, number, fields)
+            except BadInput:
+                if torn and not line.endswith(b"\n"):
+                    return
+                raise
+            yield number, start, row
 
 
 def dumps(row: Row) -> bytes:
@@ -234,9 +244,12 @@ class Appender:
 
 
 @contextmanager
-def lock(path: Path) -> Iterator[None]:
+def lock(path: Path, dry_run: bool = False) -> Iterator[None]:
     """One writer per output. The kernel drops the lock with its owner, so a dead owner blocks nobody."""
-    locks = home() / ".locks"
+    if dry_run:
+        yield
+        return
+    path, locks = path.resolve(), home() / ".locks"  # one lock for a file, however the user names it
     locks.mkdir(parents=True, exist_ok=True)
     with (locks / shown(path).replace("/", "_")).open("a+") as file:
         try:

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from syntriever import jsonl
 from syntriever.jsonl import Row
 
 # Reasons that are a judgement all the same.
@@ -22,7 +23,7 @@ def share(part: int, whole: int) -> dict[str, Any]:
         return {"count": part, "of": whole, "share": None, "interval": None}
     z, p = 1.96, part / whole
     middle, half = p + z * z / (2 * whole), z * math.sqrt(p * (1 - p) / whole + z * z / (4 * whole * whole))
-    low, high = ((middle + sign * half) / (1 + z * z / whole) for sign in (-1, 1))
+    low, high = (abs(middle + sign * half) / (1 + z * z / whole) for sign in (-1, 1))  # abs: not -0.0
     return {"count": part, "of": whole, "share": round(p, 4), "interval": [round(low, 4), round(high, 4)]}
 
 
@@ -122,5 +123,6 @@ def draw(found: dict[str, Any], path: Path, title: str) -> None:
     right.set(xlim=(-0.02, 1.02), ylim=(-0.6, len(measured) - 0.4), title="shares, with 95% intervals")
     right.set_yticks(range(len(measured)), [f"{label}\n(of {measure['of']:,})" for label, measure in measured])
     figure.suptitle(title)
-    figure.savefig(path, dpi=110)
+    with jsonl.atomic(path) as file:
+        figure.savefig(file, dpi=110, format="png")
     plt.close(figure)

@@ -68,7 +68,7 @@ class Ledger:
             self._reader = path.open("rb")
 
     def _rows(self) -> Iterator[tuple[bytes, int | None]]:
-        for number, offset, row in jsonl.read_with_offsets(self.path, _FIELDS):
+        for number, offset, row in jsonl.read_with_offsets(self.path, _FIELDS, torn=True):
             try:
                 key = bytes.fromhex(row["key"])
             except ValueError:

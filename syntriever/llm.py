@@ -14,6 +14,7 @@ import asyncio
 import itertools
 import json
 import re
+import sqlite3
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable
@@ -55,7 +56,7 @@ class Asker:
     def __init__(self, teacher: Teacher, ledger: Ledger | None = None, meter: cost.Meter | None = None) -> None:
         self.teacher, self.ledger, self.meter = teacher, ledger, meter or cost.Meter()
         self.from_ledger = 0
-        self._in_flight: dict[tuple[str, tuple[str, ...]], asyncio.Task[Reply]] = {}
+        self._in_flight: dict[str, asyncio.Task[Reply]] = {}
 
     async def ask(self, request: Request) -> Reply:
         """Reply to one request, from the ledger where it was already received. The same request
@@ -64,12 +65,12 @@ class Asker:
         if self.ledger and (known := self.ledger.get(key, request.max_tokens)):
             self.from_ledger += 1
             return checked(request, known)
-        same = key, request.item
-        if same not in self._in_flight:
-            task = asyncio.create_task(self._send(key, request))
-            self._in_flight[same] = task
-            task.add_done_callback(lambda _: self._in_flight.pop(same))
-        return await self._in_flight[same]
+        if not self.teacher.live:
+            return checked(request, await self.teacher.answer(request))
+        if key not in self._in_flight:
+            self._in_flight[key] = asyncio.create_task(self._send(key, request))
+            self._in_flight[key].add_done_callback(lambda _: self._in_flight.pop(key))
+        return await self._in_flight[key]
 
     async def ask_all(self, requests: Iterable[Request]) -> list[Reply]:
         """Replies to several requests at once, verdicts to those with choices. All are waited for,
@@ -82,13 +83,11 @@ class Asker:
         return replies  # type: ignore[return-value]
 
     async def _send(self, key: str, request: Request) -> Reply:
-        if not self.teacher.live:
-            return checked(request, await self.teacher.answer(request))
         reserved = await self.meter.admit(request)
         try:
             reply = checked(request, await self.teacher.answer(request))
-        except (BadInput, Failed):
-            self.meter.settle(reserved)
+        except BaseException:
+            self.meter.settle(reserved)  # others may wait for what it reserved
             raise
         pending = reply.reason == "pending"
         self.meter.settle(0.0 if pending else reserved)
@@ -122,12 +121,12 @@ def parse_verdict(text: str, choices: tuple[str, ...]) -> str | None:
     {"verdict": choice}; None for anything else."""
     if text.lstrip().startswith("{"):
         try:
-            fields = json.loads(text)
+            fields = json.loads(text, object_pairs_hook=list)  # pairs, to see a name that stands there twice
         except (ValueError, RecursionError):
             return None
-        if set(fields) != {"verdict"} or not isinstance(fields["verdict"], str):
+        if len(fields) != 1 or fields[0][0] != "verdict" or not isinstance(fields[0][1], str):
             return None
-        text = fields["verdict"]
+        text = fields[0][1]
     word = text.strip().strip("\"'*`.").lower()
     return word if word in choices else None
 
@@ -140,17 +139,17 @@ def fill(prompt: str, **texts: str) -> str:
 def work_through(items: Iterable[T], work: Callable[[T], Awaitable[None]], teacher: Teacher) -> None:
     """Run `work` on every item, as many at a time as the teacher takes.
 
-    After the first `BadInput` or `Failed` nothing new is begun; what is in flight is waited for, so
+    After the first error of the input, the teacher or the disk nothing new is begun; what is in flight is waited for, so
     that its replies are kept, and then the error is raised.
     """
     iterator = iter(items)
-    errors: list[BadInput | Failed] = []
+    errors: list[Exception] = []
 
     async def worker() -> None:
         for item in iterator:
             try:
                 await work(item)
-            except (BadInput, Failed) as error:
+            except (BadInput, Failed, OSError, sqlite3.Error) as error:
                 errors.append(error)
             if errors:
                 return
@@ -197,8 +196,6 @@ def append_rows(
         if args.dry_run:
             stage.say("estimate: recorded answers cost nothing")
     else:
-        if args.dry_run and ledger_path.is_file():
-            jsonl.mend(ledger_path)
         ledger = Ledger(ledger_path, args.retry_failed, read_only=args.dry_run)
         price, spent = cost.price_of(teacher.model, args.batch), ledger.used(teacher.model)
         meter = cost.Meter(price, args.max_requests, args.max_cost, spent)

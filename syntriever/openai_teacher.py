@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
+import math
 import os
 import random
 import re
@@ -41,12 +43,16 @@ class OpenAITeacher:
                 f"--llm {model}: OPENAI_API_KEY is not set. Set it, or point --base-url at a local server, or use --llm smollm2"
             )
         # Retries are ours: one pause for all workers, and every attempt counted. A connection for each
-        # worker stays open, where the client's default keeps 100.
+        # worker stays open, where the client's default keeps 100; a client looks through all of its own at
+        # every request, so that several with few each take a fraction of the time of one with many.
         limits = httpx2.Limits(max_connections=None, max_keepalive_connections=concurrency)
         patience = httpx2.Timeout(timeout, connect=min(timeout, 15.0))
         self.options: dict[str, Any] = {"api_key": key or "none", "base_url": base_url, "max_retries": 0, "timeout": patience}
-        http = openai.DefaultAsyncHttpxClient(limits=limits, timeout=patience)
-        self._client = openai.AsyncOpenAI(**self.options, http_client=http)
+        self._clients = [
+            openai.AsyncOpenAI(**self.options, http_client=openai.DefaultAsyncHttpxClient(limits=limits, timeout=patience))
+            for _ in range(math.ceil(concurrency / 64))
+        ]
+        self._client, self._turns = self._clients[0], itertools.cycle(self._clients)
         self._response = httpx2.Response
         self.model, self.concurrency, self._attempts = model, concurrency, attempts
         self._limit_name = "max_tokens" if base_url else "max_completion_tokens"
@@ -80,7 +86,8 @@ class OpenAITeacher:
         return reply
 
     async def close(self) -> None:
-        await self._client.close()
+        for client in self._clients:
+            await client.close()
 
     def _stop(self, error: BadInput | Failed) -> BadInput | Failed:
         self._stopped = error
@@ -103,7 +110,7 @@ class OpenAITeacher:
 
     async def _send(self, body: dict[str, Any]) -> Any:
         """One HTTP exchange. The client's typed models are passed by: they double its work."""
-        return await self._client.post("/chat/completions", body=body, cast_to=self._response)
+        return await next(self._turns).post("/chat/completions", body=body, cast_to=self._response)
 
     async def _try_often(self, request: Request) -> Reply:
         import openai
@@ -135,14 +142,14 @@ class OpenAITeacher:
             except openai.APIStatusError as error:
                 if fatal := self.fatal(error.status_code):
                     raise self._stop(fatal) from None
-                # The client's own message would quote the whole error, its type included.
-                message = str(error.body.get("message") if isinstance(error.body, dict) else error.message)
+                problem: Any = error.body  # FastAPI's has no message, but all in "detail"
+                message = str((isinstance(problem, dict) and problem.get("message")) or problem or error.message)
                 if self.adapt(error.status_code, message, body):
                     continue
                 if error.status_code < 500 and error.status_code not in (408, 409):
                     return Reply(reason=refusal(error.code, message), finish_reason="error", attempts=attempt)
                 reason = f"http_{error.status_code}"
-                wait = _retry_after(error, wait)
+                wait = min(60.0, _retry_after(error, wait))
             except openai.APIConnectionError:
                 reason = "connection"
             except (openai.APIError, ValueError):  # HTML, cut-off JSON, no choices
@@ -204,7 +211,7 @@ class OpenAITeacher:
             message, usage = choice["message"], completion.get("usage")
             text = (message.get("content") or "").encode("utf-8", "replace").decode()  # half a surrogate pair
             finish = str(choice.get("finish_reason") or "stop")
-            if usage is None:
+            if not usage:
                 self._once("usage", "reports no usage; tokens and cost are estimates (four bytes a token)")
                 usage = {"prompt_tokens": len(request.prompt.encode()) // 4, "completion_tokens": len(text.encode()) // 4}
             tokens = {name: int(usage.get(name) or 0) for name in ("prompt_tokens", "completion_tokens")}
@@ -247,7 +254,7 @@ class Pace:
                 rate = max(limit - left, left) / reset
             if left is None or left < each * self._workers:
                 gap = max(gap, each / rate)
-        self._gap = gap
+        self._gap = min(gap, 60.0)  # a server that means an hour by its headers will say so with 429
 
     async def turn(self) -> None:
         """Wait for this request's turn."""
@@ -259,9 +266,10 @@ class Pace:
 
 def _number(value: str | None) -> float | None:
     try:
-        return float(value) if value is not None else None
+        number = float(value or "")
     except ValueError:
         return None
+    return number if math.isfinite(number) else None
 
 
 def _seconds(value: str | None) -> float | None:

@@ -9,6 +9,7 @@ import json
 import os
 import platform
 import shlex
+import sqlite3
 import subprocess
 import sys
 import time
@@ -43,6 +44,9 @@ def run(main: Callable[[argparse.Namespace], None], parse_args: Callable[[], arg
         return 75
     except OSError as error:
         print(f"failed: {error.filename or 'writing'}: {error.strerror or error}", file=sys.stderr)
+        return 1
+    except sqlite3.Error as error:  # of the indexes in temporary files
+        print(f"failed: temporary file: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("\ninterrupted; what is complete was kept, run the same command to go on", file=sys.stderr)
@@ -100,7 +104,8 @@ class Record:
         self.settings = settings | {name: read["sha256"][:12] for name, read in self.inputs.items()}
         resumed = output.is_file() and output.stat().st_size > 0
         if resumed:
-            jsonl.mend(output)
+            if not dry_run:
+                jsonl.mend(output)
             was = (load_record(output) or {}).get("settings")
             if was is None:
                 message = f"{paths.shown(output)} was not made by this script (no {paths.run_json(output).name} beside it)"

@@ -94,6 +94,8 @@ def make_teacher(name: str, ds: str, output: Path, args: argparse.Namespace) -> 
             raise BadInput("--batch is for a model behind an API, not for --llm replay")
         if args.ledger:
             return LedgerTeacher(args.ledger, model)
+        if model:
+            raise BadInput(f"--llm {name}: name the ledger that holds the replies of {model} (--ledger FILE)")
         return ReplayTeacher(ds)
     if args.max_cost is not None and not cost.price_of(name, args.batch):
         raise BadInput(f"--max-cost: {cost.PRICES.name} lists no price for {name}; add it there ({cost.PRICES})")
