@@ -4,6 +4,7 @@ import itertools
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -166,6 +167,18 @@ def test_files_are_split_at_both_limits(run, finish, monkeypatch):
             path.unlink()
 
 
+@pytest.mark.parametrize("concurrency", [1, 64])
+def test_queries_of_one_text_are_one_request(finish, monkeypatch, concurrency):
+    monkeypatch.setattr(batch.BatchTeacher, "concurrency", concurrency)
+    queries = paths.queries("tiny")
+    queries.write_text(queries.read_text("utf-8").replace("topic 06", "topic 05"), "utf-8")
+    with LLMServer(batch_polls=0) as server:
+        finish(server)
+        assert (asked(server).total(), traffic(server)) == (44, (2, 2, 2))
+    assert len(synthetic()) == 12
+    assert len(rows(paths.synthesis_ledger("tiny"))) == 44
+
+
 # --- the first request
 
 
@@ -208,6 +221,7 @@ def test_model_withdrawn_while_a_batch_runs(run, finish):
         run(server, SYNTHESIS, "--batch", code=75)
         server.models = ["another"]
         assert "no such model" in run(server, SYNTHESIS, "--batch", code=2)
+        assert traffic(server) == (1, 1, 1)  # the batch has told; no live request is spent on it
         server.models = None
         finish(server)
     assert len(synthetic()) == len(rows(paths.synthesis_ledger("tiny"))) / 4 == 12
@@ -235,7 +249,7 @@ def test_unusable_replies_have_a_reason_and_are_asked_again_only_on_demand(finis
 
 def test_batch_may_have_an_error_file_only(finish):
     with LLMServer(batch_polls=0, batch_fault=lambda custom_id, body: "context") as server:
-        finish(server, SYNTHESIS, "--limit", 1, code=1)
+        assert "2 of 2 requests done\n       2 context_length\n" in finish(server, SYNTHESIS, "--limit", 1, code=1)[1]
         assert server.batches["batch_1"]["output_file_id"] is None
         assert asked(server).total() == 3
     assert [row["reason"] for row in rows(paths.failed(paths.synthetic("tiny")))] == ["context_length"]
@@ -388,6 +402,7 @@ def test_kill_loses_nothing_and_submits_nothing_twice(run, run_script, finish, m
         for _ in range(1, number):
             assert run_script(*given)[0] == 75
         if not (child := os.fork()):
+            signal.alarm(30)  # a fork beside the server's thread must not hang the tests
             original, calls = getattr(owner, name), itertools.count(1)
 
             def dying(self, *args):
