@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,16 +21,19 @@ from syntriever.openai_teacher import OpenAITeacher, refusal, used_up
 MAX_REQUESTS = 50_000
 MAX_BYTES = 200_000_000
 
-RUNNING = ("validating", "in_progress", "finalizing", "cancelling")
+# A server may have other names for the states before these.
+ENDED = ("completed", "failed", "expired", "cancelled")
+
+Entry = dict[str, Any]
 
 
 class BatchTeacher:
     """Spools requests into input files, submits these, and in a later run puts what came back into
     the ledger, where the stage finds it. What did not come back is then asked for anew.
 
-    The state file lists every batch that is not collected yet: its input file here, the file's id
-    at the server, the batch's id. Each is saved before the next step, so a kill loses none and
-    submits none twice. Replies are joined on `custom_id` (step and ledger key) only.
+    The state file lists every batch that is not collected yet: the number of its input file here,
+    that file's id at the server, the batch's id. Each is saved before the next step, so a kill loses
+    none and submits none twice. Replies are joined on `custom_id` (step and ledger key) only.
     """
 
     live, concurrency = True, 64
@@ -40,69 +44,71 @@ class BatchTeacher:
         self.model = teacher.model
         self._teacher, self._client = teacher, openai.OpenAI(**{**teacher.options, "max_retries": 5})
         self._output, self._state = output, paths.batches(output)
-        self._batches: list[dict[str, Any]] = []
+        self._batches: list[Entry] = []
         self._spool: jsonl.Appender | None = None
         self._spooled: set[str] = set()
-        self._room = 0
+        self._room = 0  # requests that the open input file still takes
+        self._probe = asyncio.Lock()
+        self._fatal: BadInput | Failed | None = None
+
+    async def close(self) -> None:
+        await self._teacher.close()
+
+    def _input(self, entry: Entry) -> Path:
+        return self._output.with_name(f"{self._output.stem}.batch-{entry['number']}.jsonl")
+
+    def _save(self) -> None:
+        jsonl.write_json(self._state, {"batches": self._batches})
 
     # ---- asking
 
     async def answer(self, request: Request) -> Reply:
         """`pending`, once the request is in an input file. The first of a run is answered at once: a
         day of waiting should not end in a setting that the model refuses."""
-        if not self._teacher.proven:
-            return await self._teacher.answer(request)
+        async with self._probe:
+            if not self._teacher.proven:
+                return await self._teacher.answer(request)
         custom_id = f"{request.step}-{request.key(self.model)}"
         if custom_id not in self._spooled:
-            self._spooled.add(custom_id)
-            row = {"custom_id": custom_id, "method": "POST", "url": "/v1/chat/completions", "body": self._teacher.body(request)}
-            size = len(jsonl.dumps(row))
-            if self._spool is None or not self._room or self._spool.size + size > MAX_BYTES:
-                self._close_spool()
-                number = 1 + max((entry["number"] for entry in self._batches), default=0)
-                self._spool, self._room = jsonl.Appender(self._input(number)), MAX_REQUESTS
+            body = self._teacher.body(request)
+            row = {"custom_id": custom_id, "method": "POST", "url": "/v1/chat/completions", "body": body}
+            if not self._spool or not self._room or self._spool.size + len(jsonl.dumps(row)) > MAX_BYTES:
+                self._spool = self._next_file()
             self._spool.add(row)
+            self._spooled.add(custom_id)
             self._room -= 1
         return Reply(reason="pending")
 
-    async def close(self) -> None:
-        await self._teacher.close()
-
-    def _input(self, number: int) -> Path:
-        return self._output.with_name(f"{self._output.stem}.batch-{number}.jsonl")
-
-    def _close_spool(self) -> None:
-        """Note the finished input file in memory; only `submit` makes it count."""
+    def _next_file(self) -> jsonl.Appender:
         if self._spool:
-            number = int(self._spool.path.stem.rpartition("-")[2])
-            self._batches.append({"number": number, "input_file_id": None, "id": None})
             self._spool.close()
-            self._spool = None
+        self._batches.append({"number": len(self._batches) + 1, "input_file_id": None, "id": None})
+        self._room = MAX_REQUESTS
+        return jsonl.Appender(self._input(self._batches[-1]))
 
     def submit(self) -> None:
         """Submit what was spooled. Raises `Waiting` where that was anything."""
-        self._close_spool()
-        if self._batches:
+        if self._spool:
+            self._spool.close()
             self._save()
             for entry in self._batches:
                 self._start(entry)
             raise Waiting(f"{len(self._spooled):,} requests are with the Batch API; run the same command again to collect them")
 
-    def _save(self) -> None:
-        jsonl.write_json(self._state, {"batches": self._batches})
-
-    def _start(self, entry: dict[str, Any]) -> None:
+    def _start(self, entry: Entry) -> None:
         """Bring one batch from where the state file has it to the server."""
         if entry["id"]:
             return
-        path, batch = self._input(entry["number"]), None
+        path, batch = self._input(entry), None
         with self._errors():
-            if entry["input_file_id"]:  # a kill came before the id of the batch was noted, or before there was one
+            if entry["input_file_id"]:  # a kill or an error came before the id of the batch was noted
                 batch = next((b for b in self._client.batches.list() if b.input_file_id == entry["input_file_id"]), None)
             else:
                 entry["input_file_id"] = self._client.files.create(file=path, purpose="batch").id
                 self._save()
-            batch = batch or self._client.batches.create(
+            # The client retries blindly: where only the answer was lost, that would submit, and cost, twice.
+            once = self._client.with_options(max_retries=0)
+            batch = batch or once.batches.create(
                 input_file_id=entry["input_file_id"], endpoint="/v1/chat/completions", completion_window="24h"
             )
         entry["id"] = batch.id
@@ -114,11 +120,8 @@ class BatchTeacher:
     def collect(self, ledger: Ledger, meter: Meter) -> None:
         """Put the replies of every finished batch into the ledger. Raises `Waiting` while one runs."""
         if self._state.is_file():
-            try:
-                self._batches = json.loads(self._state.read_bytes())["batches"]
-            except (ValueError, KeyError, TypeError):
-                raise BadInput(f"{paths.shown(self._state)}: not the state of batches; restore it or remove it") from None
-        known = {self._input(entry["number"]) for entry in self._batches}
+            self._batches = self._load()
+        known = set(map(self._input, self._batches))
         for left in self._output.parent.glob(f"{self._output.stem}.batch-*.jsonl"):
             if left not in known:  # an interrupted run had not submitted it
                 left.unlink()
@@ -130,101 +133,115 @@ class BatchTeacher:
             count = batch.request_counts
             progress = f", {count.completed + count.failed:,} of {count.total:,} requests done" if count else ""
             stage.say(f"batch  {batch.id}: {batch.status}{progress}")
-            if batch.status in RUNNING:
+            if batch.status not in ENDED:
                 running += 1
                 continue
-            error = self._take(batch, self._input(entry["number"]), ledger, meter)
-            ledger.sync()
+            self._take(batch, self._input(entry), ledger, meter)
             self._batches.remove(entry)
             self._save()
-            self._input(entry["number"]).unlink(missing_ok=True)
-            if error:
-                raise error
+            self._input(entry).unlink(missing_ok=True)
+            if self._fatal:
+                raise self._fatal
         if running:
             raise Waiting(f"{running} of the batches still run; run the same command again to collect")
         self._state.unlink(missing_ok=True)
 
-    def _take(self, batch: Any, path: Path, ledger: Ledger, meter: Meter) -> BadInput | Failed | None:
-        """Account for every request of one batch: in the ledger, or left to be asked again. Returns the
-        error after which the run should end."""
-        asked = {row["custom_id"]: row["body"] for row in jsonl.read(path, {"custom_id": str, "body": dict})}
-        left = set(asked)
-        error: BadInput | Failed | None = None
+    def _load(self) -> list[Entry]:
+        try:
+            entries = json.loads(self._state.read_bytes())["batches"]
+            types = [[type(entry[name]) for name in ("number", "input_file_id", "id")] for entry in entries]
+            if all(number is int and {file_id, batch_id} <= {str, type(None)} for number, file_id, batch_id in types):
+                return entries
+        except (ValueError, KeyError, TypeError):
+            pass
+        raise BadInput(f"{paths.shown(self._state)}: not the state of batches; restore it, or remove it to ask anew")
+
+    def _take(self, batch: Any, path: Path, ledger: Ledger, meter: Meter) -> None:
+        """Account for every request of one batch: in the ledger, or left to be asked again."""
+        asked, done = jsonl.Table(path, "custom_id", {"body": dict}), set()
         outcomes: Counter[str] = Counter()
-        for file_id in (batch.output_file_id, batch.error_file_id):
+        for file_id in filter(None, (batch.output_file_id, batch.error_file_id)):
             for line in self._results(file_id, path.with_suffix(".results")):
                 custom_id = str(line.get("custom_id"))
-                if custom_id not in left:
-                    outcomes["of unknown id, or a second time"] += 1
+                sent = asked.get(custom_id) if custom_id not in done else None
+                if not sent:
+                    outcomes["unreadable, of unknown id, or a second time"] += 1
                     continue
-                left.remove(custom_id)
-                request, key = _request(custom_id, asked[custom_id]), custom_id.rpartition("-")[2]
-                reply, fatal = self._outcome(line, request, asked[custom_id])
-                error = error or fatal
-                outcomes["answered" if not reply.reason else reply.reason if reply.finish_reason else "to ask again"] += 1
-                # A kill while the results were taken in has left some of them in the ledger.
-                if reply.finish_reason and not ledger.get(key, request.max_tokens):
-                    ledger.add(key, request, self.model, reply)
+                done.add(custom_id)
+                request, key = _request(custom_id, sent["body"]), custom_id.rpartition("-")[2]
+                reply = self._reply(line, request, sent["body"])
+                outcomes["to ask again" if not reply.finish_reason else reply.reason or "answered"] += 1
+                known = ledger.get(key, request.max_tokens)
+                # Equal to the known one: a run that was killed had put it there.
+                if reply.finish_reason and (not known or (known.reason and known != reply)):
+                    ledger.add(key, request, sent["body"]["model"], reply)
                     meter.add(request.step, reply)
-        if left:
-            outcomes["not in the results, to ask again"] += len(left)
-        stage.say("       " + ", ".join(f"{number:,} {name}" for name, number in outcomes.items()))
+        ledger.sync()
+        outcomes["not in the results, to ask again"] = len(asked) - len(done)
+        stage.say("       " + ", ".join(f"{number:,} {name}" for name, number in outcomes.items() if number))
         if batch.status == "failed":
             problems = "; ".join(str(e.message) for e in (batch.errors.data or [])) if batch.errors else "no reason given"
-            return Failed(f"{batch.id} was refused: {problems}. Run again to submit its requests anew")
-        return error
+            self._fatal = Failed(f"{batch.id} was refused: {problems}. Run again to submit anew (--max-requests: fewer at once)")
 
-    def _results(self, file_id: str | None, path: Path) -> Iterator[dict[str, Any]]:
-        """Rows of one result file, by way of the disk: it may have hundreds of megabytes."""
-        if not file_id:
-            return
+    def _results(self, file_id: str, path: Path) -> Iterator[dict[str, Any]]:
+        """Rows of one result file, by way of the disk: it may have hundreds of megabytes. An empty row
+        for a line that is none."""
         with self._errors(), self._client.files.with_streaming_response.content(file_id) as response:
             response.stream_to_file(path)
-        try:
-            yield from jsonl.read(path)
-        except BadInput as error:
-            raise Failed(f"the results {file_id} cannot be read ({error}); run again") from None
-        finally:
+        with path.open("rb") as file:
             path.unlink()
+            for line in filter(bytes.strip, file):
+                try:
+                    row = json.loads(line)
+                except (ValueError, RecursionError):
+                    row = None
+                yield row if isinstance(row, dict) else {}
 
-    def _outcome(self, line: dict[str, Any], request: Request, sent: dict[str, Any]) -> tuple[Reply, BadInput | Failed | None]:
-        """(reply, the error that ends the run or None) of one result line."""
-        response = line.get("response") or {}
-        status, body = response.get("status_code"), response.get("body") or {}
+    def _reply(self, line: dict[str, Any], request: Request, sent: dict[str, Any]) -> Reply:
+        """Reply of one result line, without a `finish_reason` where it is to be asked for again. Notes
+        what should end the run."""
+        response = _object(line.get("response"))
+        status, body = response.get("status_code"), response.get("body")
         if status == 200:
-            try:
-                return checked(request, self._teacher.read(request, body)), None
-            except ValueError:
-                return Reply(reason="bad_body"), None
-        problem = body.get("error") if isinstance(body, dict) else None
-        problem = problem if isinstance(problem, dict) else {}
-        if problem.get("code") == "insufficient_quota":
-            return Reply(reason="insufficient_quota"), Failed(used_up(self.model))
-        if status is None or status >= 500 or status in (408, 409, 429):
-            return Reply(reason="expired"), None
-        if fatal := self._teacher.fatal(status):
-            return Reply(reason="refused"), fatal
-        message = str(problem.get("message"))
-        if self._teacher.adapt(status, message, sent):
-            return Reply(reason="refused"), None
-        return Reply(reason=refusal(problem.get("code"), message), finish_reason="error"), None
+            with suppress(ValueError):
+                return checked(request, self._teacher.read(request, body))
+            return Reply()
+        problem = _object(_object(body).get("error"))
+        code, message = problem.get("code"), str(problem.get("message"))
+        if code == "insufficient_quota":
+            self._fatal = Failed(used_up(self.model))
+        elif not isinstance(status, int) or status >= 500 or status in (408, 409, 429):
+            pass
+        elif sent["model"] != self.model:
+            pass  # --llm was changed: what the former model refuses says nothing about this one
+        elif fatal := self._teacher.fatal(status):
+            self._fatal = fatal
+        elif not self._teacher.adapt(status, message, sent):
+            return Reply(reason=refusal(code, message), finish_reason="error")
+        return Reply()
 
     @contextmanager
     def _errors(self) -> Iterator[None]:
         """Errors of the client, in the words of this project."""
+        import httpx2
         import openai
 
         try:
             yield
         except openai.APIStatusError as error:
             if error.status_code == 404:
-                raise Failed(f"the server at {self._client.base_url} has no Batch API, or no longer this batch") from None
+                message = f"the server at {self._client.base_url} has no Batch API, or not what {paths.shown(self._state)} names"
+                raise Failed(f"{message}. Go on without --batch, or remove that file to ask anew") from None
             if error.code == "insufficient_quota":
                 raise Failed(used_up(self.model)) from None
             problem = f"the Batch API answered {error.status_code} ({error.code}); nothing is lost, run again"
             raise self._teacher.fatal(error.status_code) or Failed(problem) from None
-        except openai.APIError as error:
+        except (openai.APIError, httpx2.HTTPError) as error:  # the latter from the middle of a download
             raise Failed(f"the Batch API cannot be reached ({type(error).__name__}); nothing is lost, run again") from None
+
+
+def _object(value: Any) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
 
 
 def _request(custom_id: str, body: dict[str, Any]) -> Request:

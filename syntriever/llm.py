@@ -196,7 +196,9 @@ def append_rows(
         if args.dry_run:
             stage.say("estimate: recorded answers cost nothing")
     else:
-        ledger = Ledger(ledger_path, args.retry_failed, read_only=args.dry_run)
+        # What failed in the batches of an earlier run has been tried again: that is their result.
+        retry = args.retry_failed and not (args.batch and paths.batches(output).is_file())
+        ledger = Ledger(ledger_path, retry, read_only=args.dry_run)
         price, spent = cost.price_of(teacher.model, args.batch), ledger.used(teacher.model)
         meter = cost.Meter(price, args.max_requests, args.max_cost, spent)
         if isinstance(teacher, Deferred) and not args.dry_run:

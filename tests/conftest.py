@@ -120,3 +120,32 @@ def fill_home(folder, docstrings):
         if number % 6 != 5
     ]
     write_jsonl(folder / "datasets" / "tiny_synthetic.jsonl", rows)
+
+
+@pytest.fixture
+def lab(tmp_path, monkeypatch):
+    """Data folder with the dataset `tiny`: 12 training queries, 20 passages."""
+    from llm_lab import ADVERSARY
+
+    monkeypatch.setenv("SYNTRIEVER_HOME", str(tmp_path))
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-test")
+    monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
+    pairs = [(f"p{n:02}", f"Which is topic {n:02}?", f"Passage number {n:02} is about topic {n:02}.") for n in range(20)]
+    pairs[3] = ("p03", "Where do {positive} and {query} of topic 03 stand?", ADVERSARY)
+    make_dataset(tmp_path / "datasets" / "tiny", pairs)
+    return tmp_path
+
+
+@pytest.fixture
+def run(lab, run_script):
+    """run(server, SYNTHESIS, *options, code=0): what the script said (on stderr if it fails), after a check of its exit code."""
+    from llm_lab import COMPARISON
+
+    def run(server, script, *options, code=0):
+        given = ["--llm", "judge", "--base-url", server.url] if server else []
+        given += ["--model", "e5"] if script == COMPARISON else []
+        found, out, err = run_script(script, "tiny", *given, *options)
+        assert found == code, err
+        return err if code else out
+
+    return run

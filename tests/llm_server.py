@@ -170,6 +170,8 @@ class LLMServer:
     tpm: int = 2_000_000  # tokens a minute: announced along with rpm, not enforced
     ledger: Path | str | None = None  # file to append `rows` to
     fsync: bool = True  # of that file, after each row
+    # "reset" or "truncated", by "METHOD /path" of what is no chat: the server has acted, and its answer is lost.
+    other_fault: Callable[[str], str | None] = lambda what: None
     batch_polls: int = 1  # polls that find a batch unfinished
     # Of BATCH_FAULTS, by custom_id and body. An expired line stands in the error file, a missing one nowhere.
     batch_fault: Callable[[str, Body], str | None] = lambda custom_id, body: None
@@ -294,7 +296,7 @@ class LLMServer:
         try:
             if what == "POST /v1/chat/completions":
                 return self._chat(json.loads(raw), refused)
-            return what, None, 0.0, refused or self._other(what, headers, raw)
+            return what, self.other_fault(what), 0.0, refused or self._other(what, headers, raw)
         except Exception as error:
             self._error = self._error or error
             return what, None, 0.0, failure(500, f"bug in the test server or in its script: {error!r}", None)
