@@ -18,7 +18,7 @@ demo: install
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash runs/demo.sh
 
 test: install
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
 check: install
 	$(BIN)/ruff format --check .

@@ -196,7 +196,7 @@ def write_corpus(data, rows, start=b"", ending=b"\n"):
 @pytest.mark.parametrize("hashes", [3, 2**64])
 def test_corpus_is_a_dict_of_its_file(data, monkeypatch, start, ending, hashes):
     whole, rng = beir.Corpus._hash, random.Random(1)
-    monkeypatch.setattr(beir.Corpus, "_hash", staticmethod(lambda passage_id: whole(passage_id) % hashes))
+    monkeypatch.setattr(jsonl, "hash64", lambda passage_id: whole(passage_id) % hashes)
     titles = [{}, {"title": None}, {"title": ""}, {"title": "Títle"}]
     ids = [rng.choice(["d{}", "é{}", "漢/{} x", "\u2028{}", "😀{}"]).format(n) for n in range(300)]
     rows = [{"_id": i, **rng.choice(titles), "text": rng.choice(["", HARD, f"text of {i}"])} for i in ids]
@@ -218,8 +218,8 @@ def test_corpus_is_a_dict_of_its_file(data, monkeypatch, start, ending, hashes):
 
 @pytest.mark.parametrize("hashes", [1, 2**64], ids=["all collide", "none collide"])
 def test_a_repeated_passage_id_is_named(data, monkeypatch, hashes):
-    whole = beir.Corpus._hash
-    monkeypatch.setattr(beir.Corpus, "_hash", staticmethod(lambda passage_id: whole(passage_id) % hashes))
+    whole = jsonl.hash64
+    monkeypatch.setattr(jsonl, "hash64", lambda passage_id: whole(passage_id) % hashes)
     write_corpus(data, [{"_id": i, "text": "t"} for i in ("a", "é", "b", "c", "é", "d")])
     with pytest.raises(BadInput, match=r"^datasets/x/corpus\.jsonl:5: passage id 'é' was already used on line 2"):
         beir.Corpus("x")
