@@ -195,7 +195,7 @@ def write_corpus(data, rows, start=b"", ending=b"\n"):
 @pytest.mark.parametrize(("start", "ending"), [(b"", b"\n"), (BOM, b"\r\n\n")], ids=["plain", "bom, crlf, blank lines"])
 @pytest.mark.parametrize("hashes", [3, 2**64])
 def test_corpus_is_a_dict_of_its_file(data, monkeypatch, start, ending, hashes):
-    whole, rng = beir.Corpus._hash, random.Random(1)
+    whole, rng = jsonl.hash64, random.Random(1)
     monkeypatch.setattr(jsonl, "hash64", lambda passage_id: whole(passage_id) % hashes)
     titles = [{}, {"title": None}, {"title": ""}, {"title": "Títle"}]
     ids = [rng.choice(["d{}", "é{}", "漢/{} x", "\u2028{}", "😀{}"]).format(n) for n in range(300)]
