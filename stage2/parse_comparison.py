@@ -156,7 +156,8 @@ def main(args: argparse.Namespace) -> None:
         raise BadInput(f"{paths.shown(source)} is not there. Run: python retrieval.py {args.model} {args.dataset}")
     top, chosen = load_top(source, args.k, args.limit, args.seed)
     stage.check_fresh([source], args.force)
-    corpus = beir.Corpus(args.dataset)
+    # Read before anything is paid, for the report at the end.
+    corpus, gold = beir.Corpus(args.dataset), beir.load_qrels(args.dataset, "train")
     args.llm = teachers.default_llm(args.dataset, args.llm, args.base_url)
     teacher = teachers.make_teacher(args.llm, args.dataset, output, args)
     ledger = args.ledger or paths.comparison_ledger(args.dataset)
@@ -192,7 +193,7 @@ def main(args: argparse.Namespace) -> None:
                 stage.say(f"       {counts[reason]:,} {words}, kept apart in {paths.shown(paths.failed(output))}")
         if counts["not_recorded"]:
             stage.say(f"       {counts['not_recorded']:,} pairs have no recorded verdict; they are left out")
-        report_on(output, beir.load_qrels(args.dataset, "train"), f"{args.llm} on {args.dataset}, top {args.k} of {ref.name}")
+        report_on(output, gold, f"{args.llm} on {args.dataset}, top {args.k} of {ref.name}")
         llm.check_failures(counts, len(done), output, args.max_failure_rate)
         record.write(output, **counts, **used)
     stage.next_command(f"python train_stage2.py {ref.name} {args.dataset}")

@@ -10,6 +10,7 @@ import fcntl
 import hashlib
 import json
 import os
+import sqlite3
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -174,6 +175,15 @@ class Seen:
 
     def __len__(self) -> int:
         return len(self._hashes)
+
+
+def scratch(table: str) -> sqlite3.Connection:
+    """A new SQLite table, `name (columns)`, in a temporary file: for what would grow without bound in memory."""
+    connection = sqlite3.connect("", isolation_level=None)
+    connection.execute("PRAGMA journal_mode = OFF")
+    connection.execute(f"CREATE TABLE {table} WITHOUT ROWID")
+    connection.execute("BEGIN")  # never ended: the table goes with the connection
+    return connection
 
 
 def mend(path: Path) -> None:

@@ -4,7 +4,6 @@ the dataset's own judgements."""
 from __future__ import annotations
 
 import math
-import sqlite3
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -41,10 +40,7 @@ def report(rows: Iterable[Row], gold: Mapping[str, Mapping[str, int]]) -> dict[s
     outcomes: Counter[str] = Counter()
     verdicts: Counter[str] = Counter()
     both = flips = gold_wins = gold_pairs = 0
-    edges = sqlite3.connect("", isolation_level=None)
-    edges.execute("PRAGMA journal_mode = OFF")
-    edges.execute("CREATE TABLE edge (query TEXT, winner TEXT, loser TEXT, PRIMARY KEY (query, winner, loser)) WITHOUT ROWID")
-    edges.execute("BEGIN")
+    edges = jsonl.scratch("edge (query TEXT, winner TEXT, loser TEXT, PRIMARY KEY (query, winner, loser))")
     for row in rows:
         reason = row.get("reason", "decided")
         outcomes[reason] += 1

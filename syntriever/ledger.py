@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sqlite3
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -59,10 +58,7 @@ class Ledger:
         self.path, self._retry_failed = path, retry_failed
         self._usage: dict[tuple[str, str], list[int]] = {}
         self._appender = None if read_only else jsonl.Appender(path)
-        self._index = sqlite3.connect("", isolation_level=None)
-        self._index.execute("PRAGMA journal_mode = OFF")
-        self._index.execute("CREATE TABLE replies (key BLOB PRIMARY KEY, offset INTEGER) WITHOUT ROWID")
-        self._index.execute("BEGIN")  # never ended: the table goes with the connection
+        self._index = jsonl.scratch("replies (key BLOB PRIMARY KEY, offset INTEGER)")
         if path.is_file():
             self._index.executemany("REPLACE INTO replies VALUES (?, ?)", self._rows())
             self._reader = path.open("rb")

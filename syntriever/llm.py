@@ -139,8 +139,8 @@ def fill(prompt: str, **texts: str) -> str:
 def work_through(items: Iterable[T], work: Callable[[T], Awaitable[None]], teacher: Teacher) -> None:
     """Run `work` on every item, as many at a time as the teacher takes.
 
-    After the first error of the input, the teacher or the disk nothing new is begun; what is in flight is waited for, so
-    that its replies are kept, and then the error is raised.
+    After the first error of the input, the teacher or the disk nothing new is begun; what is in flight
+    is waited for, so that its replies are kept, and then the error is raised.
     """
     iterator = iter(items)
     errors: list[Exception] = []
@@ -185,8 +185,8 @@ def append_rows(
 ) -> tuple[Counter[str], dict[str, Any]]:
     """Run `work` on each of the `total` items and append its row to `output` as soon as it is complete.
 
-    A row with a "reason" goes to the failed file beside the output instead (`not_recorded` is only
-    counted). Returns how many rows were "written" and how many had each reason, and what was used.
+    A row with a "reason" goes to the failed file beside the output instead (`not_recorded` and
+    `pending` are only counted). Returns how many rows were "written" and how many had each reason, and what was used.
     With `--dry-run` only the estimate is made, and nothing is written.
     """
     from tqdm import tqdm

@@ -60,14 +60,15 @@ def synthetic(ds="tiny"):
     return {row["query_id"]: row for row in rows(paths.synthetic(ds))}
 
 
-def retrieve(seed=0):
-    """The file of the top 8 that retrieval.py would have left, with its record."""
-    rng, output = random.Random(seed), paths.top("e5", "tiny")
+def retrieve(seed=0, model="e5"):
+    """The file of the top 8 that retrieval.py would have left, with its record; the top 5 by query."""
+    rng, output = random.Random(seed), paths.top(model, "tiny")
     found = [(n, [{"id": f"p{i:02}", "score": 1.0} for i in rng.sample(range(20), 8)]) for n in range(12)]
     write_jsonl(output, [{"query_id": f"q-p{n:02}", "query": f"Which is topic {n:02}?", "passages": p} for n, p in found])
     record = stage.Record(argparse.Namespace())
     record.reads(paths.corpus("tiny"))
     record.write(output)
+    return {f"q-p{n:02}": [passage["id"] for passage in passages[:5]] for n, passages in found}
 
 
 def shown(prompt):

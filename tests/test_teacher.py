@@ -17,6 +17,7 @@ from types import SimpleNamespace
 import llm_server
 import pytest
 from conftest import ROOT, load_script, make_dataset, write_jsonl
+from llm_lab import COMPARISON, STEPS, SYNTHESIS, asked, prompt_of, retrieve, rows, step_of
 from llm_server import Answer, LLMServer, default_reply, failure
 
 from syntriever import cost, jsonl, judge, llm, paths
@@ -24,30 +25,9 @@ from syntriever.errors import BadInput
 from syntriever.ledger import Ledger, Reply, Request
 from syntriever.openai_teacher import OpenAITeacher, Pace, _seconds
 
-SYNTHESIS, COMPARISON = "datasets/parse_synthetic.py", "stage2/parse_comparison.py"
-STEPS = {"Search": "cot", "You": "positive", "Write": "negative", "Judge": "verify", "Which": "compare"}
 ONE = Request("cot", ("q",), "Why?", 0.7, 100)
 VERDICT = Request("compare", ("q", "a", "b"), "Better?", 0.0, 16, ("1", "2", "tie"))
 PRICED = {"date": "2026-01", "batch_factor": 0.5, "models": {"judge": [1000.0, 2000.0]}}
-
-
-def prompt_of(body):
-    return body["messages"][0]["content"]
-
-
-def step_of(body):
-    return STEPS[prompt_of(body).split()[0]]
-
-
-def asked(server):
-    """How many requests of each step came since this was last called."""
-    counts = Counter(map(step_of, server.requests))
-    server.requests.clear()
-    return counts
-
-
-def rows(path):
-    return [json.loads(line) for line in path.read_bytes().split(b"\n") if line]
 
 
 def unordered(path):
@@ -80,15 +60,6 @@ def run(lab, run_script):
         return err if code else out
 
     return run
-
-
-def retrieve(model="e5", seed=0):
-    """The top 8 of the 12 queries, as retrieval.py would have left them."""
-    rng = random.Random(seed)
-    found = [(n, [{"id": f"p{i:02}", "score": 1.0} for i in rng.sample(range(20), 8)]) for n in range(12)]
-    top = [{"query_id": f"q-p{n:02}", "query": f"Which is topic {n:02}?", "passages": passages} for n, passages in found]
-    write_jsonl(paths.top(model, "tiny"), top)
-    return {row["query_id"]: [passage["id"] for passage in row["passages"][:5]] for row in top}
 
 
 def filled(path, requests, reply=None):
@@ -213,7 +184,7 @@ def test_seen_is_a_set():
 def test_second_model_pays_only_for_pairs_that_are_new(run):
     drawn, choose = [], load_script(COMPARISON).choose_pairs
     for model, seed in (("e5", 0), ("bge", 1)):
-        drawn.append({pair for query, top in retrieve(model, seed).items() for pair in choose(query, top, 10, 42)})
+        drawn.append({pair for query, top in retrieve(seed, model).items() for pair in choose(query, top, 10, 42)})
     new = len(drawn[1] - drawn[0])
     assert 60 < new < 120 == len(drawn[1])
     with LLMServer(reply=lambda body: "1") as server:
