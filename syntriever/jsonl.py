@@ -19,6 +19,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from syntriever.errors import BadInput, Failed
+from syntriever.parallel import rank
 from syntriever.paths import home, shown
 
 Row = dict[str, Any]
@@ -235,7 +236,11 @@ class Appender:
 
 @contextmanager
 def lock(path: Path) -> Iterator[None]:
-    """One writer per output. The kernel drops the lock with its owner, so a dead owner blocks nobody."""
+    """One writer per output. The kernel drops the lock with its owner, so a dead owner blocks nobody.
+    Of the processes of one run (torchrun) the first holds it."""
+    if rank():
+        yield
+        return
     locks = home() / ".locks"
     locks.mkdir(parents=True, exist_ok=True)
     with (locks / shown(path).replace("/", "_")).open("a+") as file:
