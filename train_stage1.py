@@ -9,15 +9,16 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from syntriever import beir, jsonl, models, paths, stage
+from syntriever import beir, checkpoint, jsonl, models, parallel, paths, stage
 from syntriever.errors import BadInput
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from syntriever.training import LossFunction, Sample
+    from syntriever.training import LossFunction, Row
 
 # ------------------------------------------------------------------- edit here: the losses
 # They take (B, D) embeddings of query, gold passage, positive, cot and negative, a (B,) bool
@@ -51,16 +52,23 @@ def soft_nearest_neighbor_loss(
     Returns:
         Scalar.
     """
-    scores, own = score_candidates(query, passage, positive, cot, negative, verified, temperature, present)
+    return snn_of(*score_candidates(query, passage, positive, cot, negative, verified, temperature, present))
+
+
+def snn_of(scores: Tensor, own: Tensor) -> Tensor:
+    """`soft_nearest_neighbor_loss` of the scores that `score_candidates` returns."""
     return (scores.flatten(1).logsumexp(1) - own.logsumexp(1)).mean()
 
 
-def info_nce_loss(query: Tensor, passage: Tensor, temperature: float = 0.05) -> Tensor:
-    """Gold passages alone (the first row of the paper's Table 3): -log softmax of (B, D), (B, D)."""
-    from torch.nn.functional import normalize
+def info_nce_of(scores: Tensor, own: Tensor) -> Tensor:
+    """Gold passages alone (the first row of the paper's Table 3)."""
+    return (scores[:, 0].logsumexp(1) - own[:, 0]).mean()
 
-    scores = normalize(query, dim=1) @ normalize(passage, dim=1).T / temperature
-    return (scores.logsumexp(1) - scores.diagonal()).mean()
+
+def authors_of(scores: Tensor, own: Tensor) -> Tensor:
+    """What the authors' code computes, for the record: cross-entropy of the gold passage against all
+    candidates, the row's own cot and positive among the negatives."""
+    return (scores.flatten(1).logsumexp(1) - own[:, 0]).mean()
 
 
 def cluster_loss(
@@ -72,6 +80,7 @@ def cluster_loss(
     verified: Tensor,
     temperature: float = 0.05,
     present: Tensor | None = None,
+    ignore: Tensor | None = None,
     view_weight: float = 0.3,
 ) -> Tensor:
     """Every view of a row is drawn to its gold passage, and the query to every view (not in the paper).
@@ -79,7 +88,7 @@ def cluster_loss(
     Per row: the mean over anchors a in {query, cot, positive if verified} of -log softmax of
     s(a, gold) over {golds, negatives of the batch}, plus `view_weight` times the mean over views v
     in {cot, positive if verified} of -log softmax of s(query, v) over {texts of v's kind, negatives
-    of the batch}. Arguments as in `soft_nearest_neighbor_loss`.
+    of the batch}. Arguments as in `score_candidates`.
     """
     import torch
     from torch.nn.functional import normalize
@@ -88,10 +97,12 @@ def cluster_loss(
     query, passage, positive, cot, negative = (normalize(t, dim=1) for t in (query, passage, positive, cot, negative))
     always, has_positive, has_cot, has_negative = torch.ones_like(there[:, 0]), *there.T
 
-    def cost(anchor: Tensor, target: Tensor, has_target: Tensor) -> Tensor:
+    def cost(anchor: Tensor, target: Tensor, has_target: Tensor, kind: int) -> Tensor:
         """(B,) of -log softmax of s(anchor_i, target_i) over {targets, negatives}."""
         scores = anchor @ torch.cat([target, negative]).T / temperature
         scores = scores.masked_fill(~torch.cat([has_target, has_negative]), ABSENT)
+        if ignore is not None:
+            scores = scores.masked_fill(ignore[:, [kind, 3]].flatten(1), ABSENT)
         return scores.logsumexp(1) - (anchor * target).sum(1) / temperature
 
     def mean_of(costs: list[Tensor], used: list[Tensor]) -> Tensor:
@@ -100,26 +111,10 @@ def cluster_loss(
         return (torch.stack(costs) * weights).sum(0) / weights.sum(0).clamp(min=1)
 
     good_positive = has_positive & verified.bool()
-    to_gold = [cost(anchor, passage, always) for anchor in (query, cot, positive)]
-    to_view = [cost(query, cot, has_cot), cost(query, positive, has_positive)]
+    to_gold = [cost(anchor, passage, always, 0) for anchor in (query, cot, positive)]
+    to_view = [cost(query, cot, has_cot, 2), cost(query, positive, has_positive, 1)]
     loss = mean_of(to_gold, [always, has_cot, good_positive]) + view_weight * mean_of(to_view, [has_cot, good_positive])
     return loss.mean()
-
-
-def authors_loss(
-    query: Tensor,
-    passage: Tensor,
-    positive: Tensor,
-    cot: Tensor,
-    negative: Tensor,
-    verified: Tensor,
-    temperature: float = 0.05,
-    present: Tensor | None = None,
-) -> Tensor:
-    """What the authors' code computes, for the record: cross-entropy of the gold passage against
-    all candidates, the row's own cot and positive among the negatives. Arguments as above."""
-    scores, own = score_candidates(query, passage, positive, cot, negative, verified, temperature, present)
-    return (scores.flatten(1).logsumexp(1) - own[:, 0]).mean()
 
 
 def score_candidates(
@@ -129,11 +124,15 @@ def score_candidates(
     cot: Tensor,
     negative: Tensor,
     verified: Tensor,
-    temperature: float,
-    present: Tensor | None,
+    temperature: float = 0.05,
+    present: Tensor | None = None,
+    ignore: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(B, 4, B) scores of each query with every gold, positive, cot and negative of the batch, and
-    (B, 4) scores with its own; `ABSENT` where a text is missing or, in the latter, no positive."""
+    (B, 4) scores with its own; `ABSENT` where a text is missing or, in the latter, no positive.
+
+    `ignore`: (B, 4, B) bool, candidates that are not one for that row (`ignored_candidates`).
+    """
     import torch
     from torch.nn.functional import normalize
 
@@ -143,14 +142,41 @@ def score_candidates(
         there = torch.cat([torch.ones_like(verified)[:, None].bool(), present.bool()], dim=1)  # (B, 4)
         scores = scores.masked_fill(~there.T, ABSENT)
     own = scores.diagonal(dim1=0, dim2=2).T  # (B, 4)
+    if ignore is not None:
+        scores = scores.masked_fill(ignore, ABSENT)
     always = torch.ones_like(verified).bool()
     is_positive = torch.stack([always, verified.bool(), always, ~always], dim=1)
     return scores, own.masked_fill(~is_positive, ABSENT)
 
 
-LOSSES = ("snn", "infonce", "cluster", "authors")
+def ignored_candidates(places: Tensor, known: Tensor) -> Tensor:
+    """(B, 4, B) bool: which candidates a row leaves out, so that each text counts once and no known
+    relevant passage serves as a negative.
+
+    Args:
+        places: (B, 4) int, which text of the batch each passage, positive, cot and negative is.
+        known: (B, B) bool, [i, j] where the gold passage of row j is known to be relevant to query i.
+    """
+    import torch
+
+    rows, flat = len(places), places.T.flatten()  # candidate k * B + j is text k of row j
+    mine = torch.eye(rows, dtype=torch.bool, device=places.device).repeat(1, 4)  # (B, 4B)
+    # For its own texts a row keeps its own column, for any other text the first column that has it.
+    own_text = (flat[None, :, None] == places[:, None, :]).any(2)
+    texts, which = flat.unique(return_inverse=True)
+    first = torch.full_like(texts, len(flat)).scatter_reduce(0, which, torch.arange(len(flat), device=flat.device), "amin")
+    again = first[which] != torch.arange(len(flat), device=flat.device)
+    passages = torch.cat([known, torch.zeros(rows, 3 * rows, dtype=torch.bool, device=known.device)], dim=1)
+    return (~mine & (own_text | again | passages)).view(rows, 4, rows)
+
+
+LOSSES = {"snn": snn_of, "infonce": info_nce_of, "authors": authors_of, "cluster": None}
 
 # -----------------------------------------------------------------------------------------------
+
+# Rows of one query that share a batch, and so the encodings of its other texts. More would leave too
+# few queries in a batch where a query has dozens of relevant passages.
+GOLDS_TOGETHER = 4
 
 SYNTHETIC = {"cot": str, "positive": str, "negative": str, "verified": bool}
 
@@ -161,13 +187,18 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("dataset", help="BEIR name, pydocs, or a folder datasets/<dataset>/")
     parser.add_argument(
         "--loss",
-        choices=LOSSES,
+        choices=tuple(LOSSES),
         default="snn",
         help="snn: the paper's; infonce: gold passages only; cluster: all views drawn to the gold passage; "
         "authors: what the authors' code computes (default: %(default)s)",
     )
     parser.add_argument(
         "--view-weight", type=float, default=0.3, help="weight of query to view in --loss cluster (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--no-mask-known-positives",
+        action="store_true",
+        help="the paper's batches: no query twice, every other text a negative, also a known relevant passage of the query",
     )
     parser.add_argument("--no-cot", action="store_true", help="ablation: leave out the chains of thought")
     parser.add_argument("--no-synthetic", action="store_true", help="ablation: leave out all synthetic text")
@@ -177,27 +208,42 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def make_loss(args: argparse.Namespace) -> LossFunction:
-    """Loss of (texts, D) embeddings and (B, 6) labels: places of query, passage, positive, cot and
-    negative among the texts (-1: absent), and `verified`."""
+def make_loss(args: argparse.Namespace, relevant: Sequence[set[int]]) -> LossFunction:
+    """Loss of (texts, D) embeddings and (B, 8) labels: places of query, passage, positive, cot and
+    negative among the texts (-1: absent), `verified`, number of the query, position of the passage.
+
+    `relevant`: positions of the known relevant passages by number of the query.
+    """
     import torch
+
+    from syntriever import training
+
+    def known(labels: Tensor) -> Tensor:
+        """(B, B) bool: passages of the batch that are relevant to the query of a row."""
+        found = torch.zeros(len(labels), len(labels), dtype=torch.bool)
+        columns: dict[int, list[int]] = {}
+        for column, position in enumerate(labels[:, 7].tolist()):
+            columns.setdefault(position, []).append(column)
+        for row, query in enumerate(labels[:, 6].tolist()):
+            found[row, [column for position in relevant[query] for column in columns.get(position, ())]] = True
+        return found.to(labels.device)
 
     def loss(embeddings: Tensor, labels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         places, verified = labels[:, :5], labels[:, 5].bool()
-        query, passage, positive, cot, negative = embeddings[places.clamp(min=0)].unbind(1)
-        texts = (query, passage, positive, cot, negative, verified, args.temperature, places[:, 2:] >= 0)
-        scores, own = score_candidates(*texts)
-        hits = scores[:, 0].argmax(1) == torch.arange(len(query), device=query.device)
+        texts = query, passage, *_ = embeddings[places.clamp(min=0)].unbind(1)
+        ignore = None if args.no_mask_known_positives else ignored_candidates(places[:, 1:], known(labels))
+        given = verified, args.temperature, places[:, 2:] >= 0, ignore
+        scores, own = score_candidates(*texts, *given)
         # gold_share: how much of the pull on a row's own positives reaches its gold passage.
+        hits = scores[:, 0].argmax(1) == torch.arange(len(labels), device=scores.device)
         parts = {"gold_accuracy": hits.float().mean(), "gold_share": own.softmax(1)[:, 0].mean()}
-        if args.loss == "infonce":
-            return info_nce_loss(query, passage, args.temperature), {"gold_accuracy": parts["gold_accuracy"]}
-        if args.loss == "cluster":
-            return cluster_loss(*texts, view_weight=args.view_weight), {"gold_accuracy": parts["gold_accuracy"]}
-        if args.loss == "authors":
-            return authors_loss(*texts), {"gold_accuracy": parts["gold_accuracy"]}
         parts |= {"denominator": scores.flatten(1).logsumexp(1).mean(), "numerator": own.logsumexp(1).mean()}
-        return soft_nearest_neighbor_loss(*texts), parts
+        parts |= training.spread(embeddings, query, passage)
+        if args.loss != "snn":
+            parts = {name: parts[name] for name in ("gold_accuracy", "alignment", "uniformity")}
+        if args.loss == "cluster":
+            return cluster_loss(*texts, *given, view_weight=args.view_weight), parts
+        return LOSSES[args.loss](scores, own), parts
 
     return loss
 
@@ -247,20 +293,31 @@ def main(args: argparse.Namespace) -> None:
 
     output = paths.model_output(f"{ref.name}-sft-{args.dataset}")
     with jsonl.lock(output):
+        resume = checkpoint.find(output, record, args)
+        device = parallel.start() or args.device
         from syntriever import journal, training
 
-        model = models.load(ref, args.device)
+        model = models.load(ref, device)
         prefix_query, prefix_passage = model.prompts["query"], model.prompts["document"]
+        names = [query for query, _ in rows]
+        numbers = {query: number for number, query in enumerate(dict.fromkeys(names))}
+        relevant: list[set[int]] = [set() for _ in numbers]
+        for query, position in rows:
+            relevant[numbers[query]].add(position)
 
-        def sample(number: int) -> Sample:
+        def sample(number: int) -> Row:
             query, position = rows[number]
             texts, verified = synthetic_texts(synthetic.get(query) if synthetic else None, args)
             passages = [(prefix_passage, text) if text is not None else None for text in (corpus.text(position), *texts)]
-            return [(prefix_query, queries[query]), *passages], [verified]
+            return [(prefix_query, queries[query]), *passages], [verified, numbers[query], position]
+
+        def batches(epoch: int) -> list[list[int]]:
+            together = 1 if args.no_mask_known_positives else GOLDS_TOGETHER
+            return training.deal(names, args.batch_size, args.seed, epoch, together)
 
         dev = journal.dev_score(args.dataset, corpus, args)
         title = f"{ref.name}-sft-{args.dataset}: stage 1, --loss {args.loss}"
-        training.train(model, make_loss(args), sample, [query for query, _ in rows], dev, args, output, record, title)
+        training.train(model, make_loss(args, relevant), sample, batches, names, dev, args, output, record, resume, title)
     stage.next_command(f"python retrieval.py {ref.name}-sft {args.dataset}")
 
 

@@ -14,13 +14,13 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from syntriever import beir, jsonl, models, paths, stage
+from syntriever import beir, checkpoint, jsonl, models, parallel, paths, stage
 from syntriever.errors import BadInput
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from syntriever.training import LossFunction, Sample
+    from syntriever.training import LossFunction, Row
 
 # ------------------------------------------------------------------- edit here: the losses
 
@@ -39,19 +39,36 @@ def partial_plackett_luce_loss(query: Tensor, preferred: Tensor, rejected: Tenso
     """
     import torch
 
-    scores, better, worse = _pair_scores(query, preferred, rejected, temperature)
-    own = torch.eye(len(query), 2 * len(query), dtype=torch.bool, device=query.device)
-    first = scores.logsumexp(1) - better
-    second = scores.masked_fill(own, -torch.inf).logsumexp(1) - worse
-    return (first + second).mean()
+    rows = torch.arange(len(query), device=query.device)
+    pairs = torch.stack([rows, rows, rows + len(query)], dim=1)
+    return plackett_luce_of(query, torch.cat([preferred, rejected]), pairs, temperature)
 
 
-def bradley_terry_loss(query: Tensor, preferred: Tensor, rejected: Tensor, temperature: float = 0.05) -> Tensor:
+def plackett_luce_of(query: Tensor, candidates: Tensor, pairs: Tensor, temperature: float = 0.05) -> Tensor:
+    """`partial_plackett_luce_loss` of (P, 3) pairs of (Q, D) queries and (M, D) candidates: all pairs of
+    a query share its encoding and those of its passages (`--batching lists`). The mean over pairs."""
+    from torch.nn.functional import normalize
+
+    scores = (normalize(query, dim=1) @ normalize(candidates, dim=1).T / temperature)[pairs[:, 0]]  # (P, M)
+    better, worse = scores.gather(1, pairs[:, 1:]).unbind(1)
+    others = scores.scatter(1, pairs[:, 1:2], float("-inf"))
+    return (scores.logsumexp(1) - better + others.logsumexp(1) - worse).mean()
+
+
+def bradley_terry_of(query: Tensor, candidates: Tensor, pairs: Tensor, temperature: float = 0.05) -> Tensor:
     """-log sigmoid(s(q, c+) - s(q, c-)), the paper's comparison: no other passage of the batch counts."""
     from torch.nn.functional import softplus
 
-    _, better, worse = _pair_scores(query, preferred, rejected, temperature)
-    return softplus(worse - better).mean()
+    return softplus(-margins(query, candidates, pairs) / temperature).mean()
+
+
+def margins(query: Tensor, candidates: Tensor, pairs: Tensor) -> Tensor:
+    """(P,) cos(q, c+) - cos(q, c-)."""
+    from torch.nn.functional import normalize
+
+    own = normalize(candidates, dim=1)[pairs[:, 1:]]  # (P, 2, D)
+    better, worse = (normalize(query, dim=1)[pairs[:, :1]] * own).sum(2).unbind(1)
+    return better - worse
 
 
 def kl_to_reference(
@@ -73,16 +90,7 @@ def kl_to_reference(
     return (ours.exp() * (ours - reference)).sum(1).mean()
 
 
-def _pair_scores(query: Tensor, preferred: Tensor, rejected: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
-    """(B, 2B) scores with all preferred and rejected, (B,) with the own preferred, (B,) with the own rejected."""
-    import torch
-    from torch.nn.functional import normalize
-
-    scores = normalize(query, dim=1) @ normalize(torch.cat([preferred, rejected]), dim=1).T / temperature
-    return scores, scores.diagonal(), scores.diagonal(len(query))
-
-
-LOSSES = {"partial-plackett-luce": partial_plackett_luce_loss, "bradley-terry": bradley_terry_loss}
+LOSSES = {"partial-plackett-luce": plackett_luce_of, "bradley-terry": bradley_terry_of}
 
 # -----------------------------------------------------------------------------------------------
 
@@ -97,24 +105,43 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--beta", type=float, default=0.1, help="weight of the KL to stage 1; 0 switches it off (default: %(default)s)"
     )
+    parser.add_argument(
+        "--batching",
+        choices=("pairs", "lists"),
+        default="pairs",
+        help="pairs: the paper's, no query twice in a batch, every pair encoded by itself; lists: all pairs of a query in one "
+        "batch, each text encoded once. --batch-size counts pairs either way (default: %(default)s)",
+    )
     stage.add_training_options(parser, epochs=1, batch_size=100, lr=2e-5)
     return parser.parse_args(argv)
 
 
 def make_loss(args: argparse.Namespace, ref_queries: Tensor, ref_passages: Tensor) -> LossFunction:
-    """Loss of (texts, D) embeddings and (B, 6) labels: places of query, preferred and rejected among
+    """Loss of (texts, D) embeddings and (P, 6) labels: places of query, preferred and rejected among
     the texts, and their rows among the reference embeddings."""
     import torch
 
+    from syntriever import training
+
     def loss(embeddings: Tensor, labels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        query, preferred, rejected = embeddings[labels[:, :3]].unbind(1)
-        at = labels[:, 3:].cpu()
-        reference = ref_queries[at[:, 0]].to(query.device), ref_passages[at[:, 1:].T.flatten()].to(query.device)
-        preference = LOSSES[args.loss](query, preferred, rejected, args.temperature)
-        kl = kl_to_reference(query, torch.cat([preferred, rejected]), *reference, args.temperature)
-        _, better, worse = _pair_scores(query, preferred, rejected, args.temperature)
-        parts = {"preference": preference, "kl": kl, "preference_accuracy": (better > worse).float().mean()}
-        return preference + args.beta * kl if args.beta else preference, parts
+        rows = torch.arange(len(labels), device=labels.device)
+        queries, candidates = labels[:, [0, 3]], torch.cat([labels[:, [1, 4]], labels[:, [2, 5]]])  # place and reference row
+        pairs = torch.stack([rows, rows, rows + len(rows)], dim=1)
+        if args.batching == "lists":
+            queries, query_row = queries.unique(dim=0, return_inverse=True)
+            candidates, candidate_row = candidates.unique(dim=0, return_inverse=True)
+            pairs = torch.stack([query_row, *candidate_row.view(2, -1)], dim=1)
+        query, passage = embeddings[queries[:, 0]], embeddings[candidates[:, 0]]
+        ours = query, passage, pairs, args.temperature
+        preference = LOSSES[args.loss](*ours)
+        accuracy = (margins(query, passage, pairs) > 0).float().mean()
+        parts = {"preference": preference, "preference_accuracy": accuracy}
+        parts |= training.spread(embeddings, query[pairs[:, 0]], passage[pairs[:, 1]])
+        if not args.beta:
+            return preference, parts
+        reference = (ref[at[:, 1].cpu()].to(query.device) for ref, at in ((ref_queries, queries), (ref_passages, candidates)))
+        kl = kl_to_reference(query, passage, *reference, args.temperature)
+        return preference + args.beta * kl, {**parts, "kl": kl}
 
     return loss
 
@@ -152,7 +179,8 @@ def main(args: argparse.Namespace) -> None:
     pairs = load_pairs(args.dataset, source, queries, corpus)
     record = stage.Record(args)
     record.reads(corpus.path, paths.queries(args.dataset), paths.qrels(args.dataset, "train"), source, *ref.weights)
-    query_ids = list(dict.fromkeys(query for query, _, _ in pairs))
+    names = [query for query, _, _ in pairs]
+    query_ids = list(dict.fromkeys(names))
     positions = list(dict.fromkeys(position for _, *both in pairs for position in both))
     stage.say(
         f"read   {len(pairs):,} preferences for {len(query_ids):,} queries, over {len(positions):,} passages of {args.dataset}"
@@ -160,27 +188,33 @@ def main(args: argparse.Namespace) -> None:
 
     output = paths.model_output(f"{ref.name.removesuffix('-sft')}-final-{args.dataset}")
     with jsonl.lock(output):
+        resume = checkpoint.find(output, record, args)
+        device = parallel.start() or args.device
         from syntriever import journal, training
 
-        model = models.load(ref, args.device)
+        model = models.load(ref, device)
         prefix_query, prefix_passage = model.prompts["query"], model.prompts["document"]
         with training.reference(output) as folder:
             # The model is still the stage-1 model here: its embeddings are all the KL term needs of it.
-            ref_queries = training.embed(model, [queries[q] for q in query_ids], "query", args.max_length, folder / "queries.npy")
-            ref_passages = training.embed(
-                model, map(corpus.text, positions), "document", args.max_length, folder / "passages.npy"
-            )
+            known, texts = [queries[query] for query in query_ids], map(corpus.text, positions)
+            queries_at, passages_at = folder / "queries.npy", folder / "passages.npy"
+            ref_queries = training.embed(model, known, len(known), "query", args.max_length, queries_at)
+            ref_passages = training.embed(model, texts, len(positions), "document", args.max_length, passages_at)
             query_row, passage_row = ({key: row for row, key in enumerate(keys)} for keys in (query_ids, positions))
 
-            def sample(number: int) -> Sample:
+            def sample(number: int) -> Row:
                 query, better, worse = pairs[number]
                 texts = [(prefix_query, queries[query]), *((prefix_passage, corpus.text(p)) for p in (better, worse))]
                 return texts, [query_row[query], passage_row[better], passage_row[worse]]
 
+            def batches(epoch: int) -> list[list[int]]:
+                together = 1 if args.batching == "pairs" else len(pairs)
+                return training.deal(names, args.batch_size, args.seed, epoch, together)
+
             dev = journal.dev_score(args.dataset, corpus, args)
             title = f"{output.name}: stage 2, --loss {args.loss}, --beta {args.beta:g}"
             loss = make_loss(args, ref_queries, ref_passages)
-            training.train(model, loss, sample, [query for query, _, _ in pairs], dev, args, output, record, title)
+            training.train(model, loss, sample, batches, names, dev, args, output, record, resume, title)
     base = ref.name.removesuffix("-sft")
     stage.next_command(f"python evaluate.py bm25 {base} {ref.name} {base}-final {args.dataset}")
 

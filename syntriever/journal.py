@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 import argparse
-import copy
 import json
+import os
 import random
 import time
+from collections import defaultdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import torch
+from safetensors.torch import load_file
+from safetensors.torch import save as serialize
 from sentence_transformers import SentenceTransformer
 from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
-from transformers import TrainerCallback
 
-from syntriever import beir, metrics, models, paths, search, stage
-
-if TYPE_CHECKING:
-    from syntriever.training import EmbeddingLoss
+from syntriever import beir, jsonl, metrics, models, parallel, paths, search, stage
 
 
 class DevScore:
@@ -55,51 +56,82 @@ def dev_score(ds: str, corpus: beir.Corpus, args: argparse.Namespace) -> DevScor
     return None
 
 
-class Journal(TrainerCallback):
-    """Progress bar, `log.jsonl`, and the best weights on dev."""
+class Journal:
+    """Progress bar, `log.jsonl`, TensorBoard, and the best weights on dev (`best.safetensors`)."""
 
-    def __init__(self, loss: EmbeddingLoss, log: Path, dev: DevScore | None) -> None:
-        self.loss, self.dev, self.log = loss, dev, log
-        self.rows: list[dict[str, Any]] = []
-        self.best, self.best_epoch = -1.0, 0.0
-        self.best_weights: dict[str, Tensor] | None = None
-        self.bar: Any = None
-        self.started = time.monotonic()
+    def __init__(self, work: Path, dev: DevScore | None, total: int, every: int, state: dict[str, Any] | None) -> None:
+        self.dev, self.work, self.every = dev, work, every
+        self.log, self.rows = work / "log.jsonl", []
+        self.best, self.best_epoch, seconds = -1.0, 0.0, 0.0
+        self.talks = parallel.rank() == 0
+        if state:
+            self.best, self.best_epoch, seconds = state["best"], state["best_epoch"], state["seconds"]
+            if self.talks:
+                os.truncate(self.log, state["log_bytes"])  # what came after the checkpoint comes again
+                self.rows = list(jsonl.read(self.log))
+        self.parts: dict[str, list[Tensor]] = defaultdict(list)
+        self.started = time.monotonic() - seconds
+        self._saved = time.monotonic()
+        at = state["step"] if state else 0
+        self.bar = tqdm(total=total, initial=at, unit="step", desc="train", disable=not self.talks)
+        self.board = SummaryWriter(str(work / "tensorboard")) if self.talks else None
 
-    def add(self, row: dict[str, Any]) -> None:
+    def state(self) -> dict[str, Any]:
+        """What `state` of a resumed run needs."""
+        size = self.log.stat().st_size if self.log.is_file() else 0
+        best = {"best": self.best, "best_epoch": self.best_epoch}
+        return {**best, "step": self.bar.n, "log_bytes": size, "seconds": time.monotonic() - self.started}
+
+    def add(self, step: int, row: dict[str, Any]) -> None:
+        for name, value in row.items():
+            if self.board and name not in ("step", "epoch"):
+                self.board.add_scalar(name, value, step)
         row["seconds"] = round(time.monotonic() - self.started, 1)
         self.rows.append(row)
         with self.log.open("a") as file:
             file.write(json.dumps(row) + "\n")
 
     def score(self, model: SentenceTransformer, epoch: float) -> None:
-        if self.dev is None:
+        """Score the model on dev, and keep its weights where they are the best so far."""
+        if self.dev is None or not self.talks:
             return
         value = self.dev(model)
-        self.add({"epoch": epoch, "dev_ndcg@10": value})
+        self.add(self.bar.n, {"epoch": epoch, "dev_ndcg@10": value})
         tqdm.write(f"       epoch {epoch:g}: dev nDCG@10 {value:.4f}" + ("" if epoch else " (before training)"))
         if epoch and value > self.best:
             self.best, self.best_epoch = value, epoch
-            self.best_weights = copy.deepcopy(model.state_dict())
+            with jsonl.atomic(self.work / "best.safetensors") as file:
+                file.write(serialize({name: tensor.cpu().contiguous() for name, tensor in model.state_dict().items()}))
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
-        self.score(model, 0)
-        self.bar = tqdm(total=state.max_steps, unit="step", desc="train")
+    def restore_best(self, model: SentenceTransformer) -> None:
+        if self.best_epoch:
+            model.load_state_dict(load_file(self.work / "best.safetensors"))
+            stage.say(f"best   epoch {self.best_epoch:g} with dev nDCG@10 {self.best:.4f}")
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+    def step(self, done: int, epoch: float, parts: dict[str, Tensor], rate: float, norm: Tensor) -> None:
+        """Take in one step. Means of the parts go into the log every few steps."""
         self.bar.update()
+        for name, value in parts.items():
+            self.parts[name].append(value)
+        if done % self.every == 0 or done == self.bar.total:
+            means = {name: float(torch.stack(values).mean()) for name, values in self.parts.items()}
+            self.parts.clear()
+            if self.talks:
+                loss = means.pop("loss")
+                row = {"step": done, "epoch": round(epoch, 4), "loss": loss, "learning_rate": rate, "grad_norm": float(norm)}
+                self.add(done, row | means)
+                self.bar.set_postfix(loss=f"{loss:.4f}")
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
-        if logs and "loss" in logs:
-            row = {"step": state.global_step, "epoch": round(state.epoch, 4), "loss": logs["loss"]}
-            self.add({**row, "learning_rate": logs["learning_rate"], "grad_norm": logs["grad_norm"], **self.loss.take_parts()})
-            self.bar.set_postfix(loss=f"{logs['loss']:.4f}")
+    def saved(self) -> None:
+        self._saved = time.monotonic()
 
-    def on_epoch_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
-        self.score(model, round(state.epoch, 4))
+    def minutes_since_save(self) -> float:
+        return (time.monotonic() - self._saved) / 60
 
-    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+    def close(self) -> None:
         self.bar.close()
+        if self.board:
+            self.board.close()
 
 
 def card(title: str, args: argparse.Namespace, journal: Journal) -> str:

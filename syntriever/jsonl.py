@@ -20,6 +20,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from syntriever.errors import BadInput, Failed
+from syntriever.parallel import rank
 from syntriever.paths import home, shown
 
 Row = dict[str, Any]
@@ -255,8 +256,9 @@ class Appender:
 
 @contextmanager
 def lock(path: Path, dry_run: bool = False) -> Iterator[None]:
-    """One writer per output. The kernel drops the lock with its owner, so a dead owner blocks nobody."""
-    if dry_run:
+    """One writer per output. The kernel drops the lock with its owner, so a dead owner blocks nobody.
+    Of the processes of one run (torchrun) the first holds it."""
+    if dry_run or rank():
         yield
         return
     path, locks = path.resolve(), home() / ".locks"  # one lock for a file, however the user names it

@@ -18,7 +18,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from syntriever import jsonl, paths
+from syntriever import jsonl, parallel, paths
 from syntriever.errors import BadInput, Failed, Waiting
 
 PACKAGES = ("torch", "transformers", "sentence-transformers", "datasets", "faiss-cpu", "beir", "openai", "numpy")
@@ -60,8 +60,9 @@ def parser(doc: str) -> argparse.ArgumentParser:
 
 
 def say(*words: object) -> None:
-    """Print a line at once, also when the output is piped."""
-    print(*words, flush=True)
+    """Print a line at once, also when the output is piped; of several processes, the first talks."""
+    if parallel.rank() == 0:
+        print(*words, flush=True)
 
 
 def sha256(path: Path) -> str:
@@ -239,6 +240,16 @@ def add_training_options(parser: argparse.ArgumentParser, *, epochs: float, batc
         "--dev-pool", type=int, default=20_000, help="passages drawn beside the judged ones for dev (default: %(default)s)"
     )
     group.add_argument("--dev-queries", type=int, default=1_000, help="dev queries at most (default: %(default)s)")
+    group.add_argument(
+        "--mini-batch-size",
+        type=int,
+        help="gradient caching: hold the activations of this many texts at a time, for large batches (default: of all)",
+    )
+    group.add_argument("--resume", action="store_true", help="go on where an interrupted run stopped")
+    group.add_argument(
+        "--save-minutes", type=float, default=15, help="minutes between checkpoints, beside epochs (default: %(default)s)"
+    )
+    group.add_argument("--compile", action="store_true", help="compile the encoder (pays on a GPU, for long runs)")
     group.add_argument("--device", help="cpu, cuda, cuda:1, mps (default: the best there is)")
     group.add_argument("--seed", type=int, default=42, help="seed of order and dropout (default: %(default)s)")
     group.add_argument("--name", help="short name for file names, where the model is a folder or a Hub id")
@@ -247,7 +258,7 @@ def add_training_options(parser: argparse.ArgumentParser, *, epochs: float, batc
 
 
 def check_training_options(args: argparse.Namespace) -> None:
-    for name in ("epochs", "batch_size", "lr", "temperature", "max_length", "dev_pool", "dev_queries"):
+    for name in ("epochs", "batch_size", "lr", "temperature", "max_length", "dev_pool", "dev_queries", "mini_batch_size"):
         value = getattr(args, name)
         if value is not None and not value > 0:
             raise BadInput(f"--{name.replace('_', '-')} must be positive, not {value}")

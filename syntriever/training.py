@@ -1,150 +1,189 @@
-"""What both training stages share: batches, the loop on sentence-transformers' trainer, the log."""
+"""The training loop of both stages: batches, encoding in length-sorted chunks, gradient caching,
+several processes, checkpoints.
+
+The loss is a pure function of the (texts, D) embeddings of a batch. So its gradient in the
+embeddings is computed first, and then carried through the encoder chunk by chunk: the activations of
+one chunk are all that need be held (gradient caching, Gao et al. 2021), and each process carries only
+its share of the chunks. Neither changes the gradient.
+"""
 
 from __future__ import annotations
 
 import argparse
 import itertools
+import math
+import os
 import random
 import shutil
+import signal
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from datasets import Dataset
-from sentence_transformers import SentenceTransformer
-from sentence_transformers.base.sampler import DefaultBatchSampler
-from sentence_transformers.sentence_transformer.trainer import SentenceTransformerTrainer
-from sentence_transformers.sentence_transformer.training_args import SentenceTransformerTrainingArguments
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
-from transformers import PrinterCallback
 
-from syntriever import jsonl, models, paths, search, stage
+from syntriever import checkpoint, jsonl, models, parallel, paths, search, stage
 from syntriever.errors import Failed
 from syntriever.journal import DevScore, Journal, card, draw
 
-# Texts that share one forward pass: batches are cut by length so that short ones are not padded.
-CHUNK = 16
-
-Sample = tuple[list[tuple[str, str] | None], list[int]]
+# One row: its texts as (prefix, text), None where absent, and further integers for the loss.
+Row = tuple[list[tuple[str, str] | None], list[int]]
 LossFunction = Callable[[Tensor, Tensor], tuple[Tensor, dict[str, Tensor]]]
+
+# Texts that share one forward pass: short texts are not padded to the longest of the batch.
+CPU_CHUNK, GPU_CHUNK = 16, 128
+
+
+# ---- batches
+
+
+def deal(query_ids: Sequence[str], batch_size: int, seed: int, epoch: int, together: int = 1) -> list[list[int]]:
+    """Batches of row numbers, full to within a few rows, in an order drawn by seed and epoch.
+
+    Up to `together` rows of one query stay in one batch; the others of that query land in different
+    batches. Rows are dealt like cards, query after query in random order.
+    """
+    rng = random.Random(f"{seed} {epoch}")
+    rows: dict[str, list[int]] = defaultdict(list)
+    for row, query_id in enumerate(query_ids):
+        rows[query_id].append(row)
+    hands = []
+    for of_query in rows.values():
+        shuffled = rng.sample(of_query, len(of_query))
+        hands.append([shuffled[start : start + together] for start in range(0, len(shuffled), together)])
+    rng.shuffle(hands)
+    dealt = list(itertools.chain.from_iterable(hands))
+    batches = max(-(-len(query_ids) // batch_size), max(map(len, hands)))
+    order = rng.sample(range(batches), batches)
+    return [list(itertools.chain.from_iterable(dealt[batch::batches])) for batch in order]
+
+
+@dataclass
+class Batch:
+    """Tokens of the distinct texts of a batch, in chunks of similar length, and (rows, columns +
+    further) `labels`, where a column is the text's place among the embeddings or -1."""
+
+    rows: list[int]
+    chunks: list[dict[str, Tensor]]
+    labels: Tensor
+
+    @property
+    def texts(self) -> int:
+        return sum(len(chunk["input_ids"]) for chunk in self.chunks)
 
 
 class Collator:
-    """Turns row numbers into tokens. Each distinct text of a batch is encoded once; absent ones
-    cost nothing.
+    """Turns row numbers into a `Batch`. Each distinct text of a batch is encoded once; absent ones cost
+    nothing."""
 
-    `sample(row)` gives the row's texts as (prefix, text) or None, one per column, and further
-    integers that the loss needs. The batch carries the texts in chunks of similar length, and
-    `label`: (B, columns + further), where a column is the text's place in the encoded batch or -1.
-    """
+    def __init__(self, model: Any, sample: Callable[[int], Row], max_length: int, chunk: int) -> None:
+        self.tokenizer, self.sample, self.max_length, self.chunk = model.tokenizer, sample, max_length, chunk
 
-    def __init__(self, model: SentenceTransformer, sample: Callable[[int], Sample], max_length: int) -> None:
-        self.tokenizer, self.sample, self.max_length = model.tokenizer, sample, max_length
-        # The trainer looks for these two.
-        self.valid_label_columns = ["label"]
-        self.last_rows: list[int] = []
-
-    def __call__(self, features: list[dict[str, int]]) -> dict[str, Tensor]:
-        self.last_rows = [feature["row"] for feature in features]
-        samples = [self.sample(row) for row in self.last_rows]
-        unique = list(dict.fromkeys(text for texts, _ in samples for text in texts if text is not None))
-        tokens = self.tokenizer([prefix + text for prefix, text in unique], truncation=True, max_length=self.max_length)[
-            "input_ids"
-        ]
+    def __call__(self, numbers: list[int]) -> Batch:
+        rows = [self.sample(number) for number in numbers]
+        unique = list(dict.fromkeys(text for texts, _ in rows for text in texts if text is not None))
+        joined = [prefix + text for prefix, text in unique]
+        tokens = self.tokenizer(joined, truncation=True, max_length=self.max_length)["input_ids"]
         order = sorted(range(len(unique)), key=lambda i: len(tokens[i]))
         place: dict[tuple[str, str] | None, int] = {unique[i]: at for at, i in enumerate(order)}
         place[None] = -1
-        batch: dict[str, Tensor] = {}
-        for number, start in enumerate(range(0, len(order), CHUNK)):
-            chunk = [tokens[i] for i in order[start : start + CHUNK]]
-            for key, value in self.tokenizer.pad({"input_ids": chunk}, return_tensors="pt").items():
-                batch[f"chunk{number}_{key}"] = value
-        batch["label"] = torch.tensor([[place[text] for text in texts] + more for texts, more in samples])
-        return batch
+        chunks = []
+        for start in range(0, len(order), self.chunk):
+            padded = self.tokenizer.pad(
+                {"input_ids": [tokens[i] for i in order[start : start + self.chunk]]}, return_tensors="pt"
+            )
+            chunks.append(dict(padded))
+        return Batch(numbers, chunks, torch.tensor([[place[text] for text in texts] + more for texts, more in rows]))
 
 
-class UniqueQueryBatches(DefaultBatchSampler):
-    """Batches in which no query occurs twice, all of them full to within one row.
+# ---- gradients
 
-    Rows are dealt like cards, query after query in random order, onto as many batches as are
-    needed: rows of one query are neighbours and so land in different batches.
+
+def backward(
+    model: Any, batch: Batch, function: LossFunction, seed: int, cached: bool = False, bf16: bool = False
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Add the gradients of the batch's loss to the model's parameters; the loss and its parts.
+
+    Dropout is drawn by `seed` and the number of the chunk: the same in both passes of gradient
+    caching (`cached`), on any number of processes, and after a resume. Raises `FloatingPointError`
+    where the loss is not finite, before there is any gradient.
     """
+    device = model.device
+    own = range(parallel.rank(), len(batch.chunks), parallel.world())
+    sizes = [len(chunk["input_ids"]) for chunk in batch.chunks]
+    parts_of = [slice(end - size, end) for size, end in zip(sizes, itertools.accumulate(sizes), strict=True)]
 
-    def __init__(
-        self, dataset: Dataset, batch_size: int, drop_last: bool, *, query_ids: Sequence[str], seed: int = 0, **_: Any
-    ) -> None:
-        super().__init__(dataset, batch_size=batch_size, drop_last=drop_last, seed=seed)
-        self.rows: dict[str, list[int]] = defaultdict(list)
-        for row, query_id in enumerate(query_ids):
-            self.rows[query_id].append(row)
-        self.batches = max(-(-len(query_ids) // batch_size), max(map(len, self.rows.values())))
+    def encode(number: int) -> Tensor:
+        torch.manual_seed(seed * 65_537 + number)
+        chunk = {name: value.to(device, non_blocking=True) for name, value in batch.chunks[number].items()}
+        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+            return model(chunk)["sentence_embedding"].float()
 
-    def __len__(self) -> int:
-        return self.batches
+    with torch.set_grad_enabled(not cached):
+        made = {number: encode(number) for number in own}
+    embeddings = torch.zeros(sum(sizes), model.get_embedding_dimension(), device=device)
+    for number in own:
+        embeddings[parts_of[number]] = made[number].detach()
+    parallel.add_up(embeddings)
+    embeddings.requires_grad_()
+    loss, parts = function(embeddings, batch.labels.to(device))
+    if not torch.isfinite(loss):
+        raise FloatingPointError(str(loss.item()))
+    loss.backward()
+    assert embeddings.grad is not None
+    if cached:
+        made.clear()
+    for number in own:
+        (encode(number) if cached else made.pop(number)).backward(embeddings.grad[parts_of[number]])
+    if parallel.world() > 1:
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+                parallel.add_up(parameter.grad)
+    return loss.detach(), {name: value.detach() for name, value in parts.items()}
 
-    def __iter__(self) -> Iterator[list[int]]:
-        rng = random.Random(f"{self.seed} {self.epoch}")
-        groups = [rng.sample(rows, len(rows)) for rows in self.rows.values()]
-        rng.shuffle(groups)
-        dealt = [row for rows in groups for row in rows]
-        order = rng.sample(range(self.batches), self.batches)
-        yield from (dealt[batch :: self.batches] for batch in order)
+
+def spread(embeddings: Tensor, query: Tensor, passage: Tensor) -> dict[str, Tensor]:
+    """Alignment (mean squared distance of query and passage) and uniformity (log of the mean of
+    exp(-2 squared distance) over texts) of unit embeddings, after Wang and Isola (2020): lower is better."""
+    some = embeddings.detach()[:: max(1, len(embeddings) // 512)]
+    apart = torch.pdist(some).square().mul(-2).exp().mean().log() if len(some) > 1 else some.sum() * 0
+    return {"alignment": (query - passage).detach().square().sum(1).mean(), "uniformity": apart}
 
 
-class EmbeddingLoss(nn.Module):
-    """Encodes a batch of `Collator` and hands (texts, D) embeddings and labels to a pure function.
-
-    Keeps the parts of the loss until the log fetches them. Stops at the first loss that is not
-    finite, before the optimiser can spoil the weights.
-    """
-
-    def __init__(self, model: SentenceTransformer, function: LossFunction) -> None:
-        super().__init__()
-        self.model, self.function = model, function
-        self.parts: dict[str, list[Tensor]] = defaultdict(list)
-
-    def forward(self, features: list[dict[str, Tensor]], labels: Tensor) -> Tensor:
-        embeddings = torch.cat([self.model(chunk)["sentence_embedding"] for chunk in features])
-        loss, parts = self.function(embeddings.float(), labels)
-        if not torch.isfinite(loss):
-            raise FloatingPointError(str(loss.item()))
-        for name, value in parts.items():
-            self.parts[name].append(value.detach())
-        return loss
-
-    def take_parts(self) -> dict[str, float]:
-        """Mean of each part since the last call."""
-        means = {name: float(torch.stack(values).mean()) for name, values in self.parts.items()}
-        self.parts.clear()
-        return means
+# ---- the reference of stage 2
 
 
 @contextmanager
 def reference(output: Path) -> Iterator[Path]:
     """Folder beside `output` for the reference embeddings of a run; removed at its end."""
     folder = output.with_name(f".{output.name}.reference")
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
+    if parallel.rank() == 0:
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
     try:
         yield folder
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        if parallel.rank() == 0:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
-def embed(model: Any, texts: Iterable[str], kind: str, max_length: int | None, path: Path) -> Tensor:
-    """(N, D) unit embeddings at the length used in training, kept on disk and mapped into memory."""
-    count, dim = 0, model.get_embedding_dimension()
-    with models.at_length(model, max_length), path.open("wb") as file, tqdm(unit="text", desc=f"reference {kind}") as bar:
-        for window in batched(texts, search.WINDOW):
-            file.write(search.encode(model, window, kind).tobytes())
-            count += len(window)
-            bar.update(len(window))
-    return torch.from_numpy(np.memmap(path, np.float32, "r+", shape=(count, dim)))
+def embed(model: Any, texts: Iterable[str], count: int, kind: str, max_length: int | None, path: Path) -> Tensor:
+    """(count, D) unit embeddings at the length used in training, kept on disk and mapped into memory."""
+    if parallel.rank() == 0:
+        with models.at_length(model, max_length), path.open("wb") as file, tqdm(total=count, desc=f"reference {kind}") as bar:
+            for window in batched(texts, search.WINDOW):
+                file.write(search.encode(model, window, kind).tobytes())
+                bar.update(len(window))
+    parallel.wait()
+    return torch.from_numpy(np.memmap(path, np.float32, "c", shape=(count, model.get_embedding_dimension())))
 
 
 def batched(items: Iterable[str], size: int) -> Iterator[list[str]]:
@@ -153,84 +192,136 @@ def batched(items: Iterable[str], size: int) -> Iterator[list[str]]:
         yield window
 
 
-class Trainer(SentenceTransformerTrainer):
-    """The stock trainer; the model card is ours (`card`)."""
+# ---- the loop
 
-    def add_model_card_callback(self, default_args_dict: dict[str, Any]) -> None:
-        pass
+
+class Interrupt:
+    """SIGTERM and Ctrl-C wait for the end of the step. A second Ctrl-C does not."""
+
+    def __enter__(self) -> Interrupt:
+        self.received: int | None = None
+        self._before = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def _note(self, number: int, _: Any) -> None:
+        if self.received == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.received = number
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+
+def learning_rate(step: int, total: int, args: argparse.Namespace) -> float:
+    """Of step 0, 1, ...: up from 0 over the share `--warmup` of all steps, then down to 0, linearly."""
+    warmup = math.ceil(total * args.warmup)
+    share = step / warmup if step < warmup else (total - step) / max(1, total - warmup)
+    return float(args.lr) * share
 
 
 def train(
     model: Any,
     function: LossFunction,
-    sample: Callable[[int], Sample],
-    query_ids: Sequence[str],
+    sample: Callable[[int], Row],
+    batches: Callable[[int], list[list[int]]],
+    names: Sequence[str],
     dev: DevScore | None,
     args: argparse.Namespace,
     output: Path,
     record: stage.Record,
+    resume: Path | None,
     title: str,
 ) -> None:
     """Train, keep the best epoch on dev, and put the finished checkpoint at `output`.
 
-    The old checkpoint stays until the new one is complete; then they are swapped.
+    `batches(epoch)` are lists of row numbers, which `sample` turns into rows and `names` into query
+    ids. `resume` is a checkpoint to go on from. The old output stays until the new one is complete; then they are swapped.
     """
-    work = output.with_name(f".{output.name}.tmp")
-    shutil.rmtree(work, ignore_errors=True)
-    work.mkdir(parents=True)
-    loss = EmbeddingLoss(model, function)
-    collator: Any = Collator(model, sample, args.max_length or model.max_seq_length)
-    journal = Journal(loss, work / "log.jsonl", dev)
-
-    def batches(dataset: Dataset, batch_size: int, drop_last: bool, **more: Any) -> UniqueQueryBatches:
-        return UniqueQueryBatches(dataset, batch_size, drop_last, query_ids=query_ids, **more)
-
+    work, first = output.with_name(f".{output.name}.tmp"), parallel.rank() == 0
+    if first and not resume:
+        shutil.rmtree(work, ignore_errors=True)
+        work.mkdir(parents=True)
     cuda = model.device.type == "cuda"
-    trainer = Trainer(
-        model=model,
-        args=SentenceTransformerTrainingArguments(
-            output_dir=str(work / "trainer"),
-            num_train_epochs=args.epochs,
-            per_device_train_batch_size=args.batch_size,
-            learning_rate=args.lr,
-            warmup_steps=args.warmup,
-            batch_sampler=batches,
-            seed=args.seed,
-            use_cpu=model.device.type == "cpu",
-            bf16=cuda and torch.cuda.is_bf16_supported(),
-            logging_steps=max(1, min(10, len(query_ids) // args.batch_size // 4)),
-            logging_nan_inf_filter=False,
-            save_strategy="no",
-            report_to="none",
-            disable_tqdm=True,
-        ),
-        train_dataset=Dataset.from_dict({"row": range(len(query_ids))}),
-        loss=loss,
-        data_collator=collator,
-        callbacks=[journal],
-    )
-    trainer.remove_callback(PrinterCallback)
-    try:
-        trainer.train()
-    except FloatingPointError as error:
-        step = trainer.state.global_step + 1
-        bad = output.with_name(f"{output.name}.bad-batch.json")
-        jsonl.write_json(bad, {"step": step, "query_ids": [query_ids[row] for row in collator.last_rows]})
-        message = f"the loss is {error} at step {step}; its queries are in {paths.shown(bad)}. Lower --lr"
-        raise Failed(message) from None
-    if journal.best_weights is not None:
-        model.load_state_dict(journal.best_weights)
-        stage.say(f"best   epoch {journal.best_epoch:g} with dev nDCG@10 {journal.best:.4f}")
+    bf16 = cuda and torch.cuda.is_bf16_supported()
+    cached = args.mini_batch_size is not None
+    chunk = args.mini_batch_size or (GPU_CHUNK if cuda else CPU_CHUNK)
+    collate = Collator(model, sample, args.max_length or model.max_seq_length, chunk)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0.0, fused=cuda)
+    per_epoch = len(batches(0))
+    total = math.ceil(args.epochs * per_epoch)
+    state: dict[str, Any] = checkpoint.load(resume, model, optimizer) if resume else {"step": 0}
+    journal = Journal(work, dev, total, max(1, min(10, per_epoch // 4)), state.get("journal"))
+    if resume:
+        stage.say(f"resume from step {state['step']} of {total}")
+    settings = checkpoint.settings_of(record)
+    if not resume:
+        journal.score(model, 0)
+    if args.compile:
+        model[0].auto_model.compile()
+    model.train()
+
+    def save(step: int) -> None:
+        if first:
+            checkpoint.save(work, step, model, optimizer, {"settings": settings, "journal": journal.state()})
+            journal.saved()
+
+    def upcoming(step: int) -> Iterator[tuple[int, list[int]]]:
+        """(number of the step, its row numbers) from `step` on."""
+        for epoch in range(step // per_epoch, math.ceil(args.epochs)):
+            for number, rows in enumerate(batches(epoch), epoch * per_epoch):
+                if step <= number < total:
+                    yield number, rows
+
+    with Interrupt() as interrupt, ThreadPoolExecutor(1) as pool:
+        ahead = ((step, pool.submit(collate, rows)) for step, rows in upcoming(state["step"]))
+        waiting = next(ahead, None)
+        while waiting:
+            step, batch = waiting[0], waiting[1].result()
+            waiting = next(ahead, None)
+            rate = learning_rate(step, total, args)
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            optimizer.zero_grad()
+            try:
+                loss, parts = backward(model, batch, function, args.seed * 1_000_003 + step, cached, bf16)
+            except FloatingPointError as error:
+                bad = output.with_name(f"{output.name}.bad-batch.json")
+                jsonl.write_json(bad, {"step": step + 1, "query_ids": [names[row] for row in batch.rows]})
+                message = f"the loss is {error} at step {step + 1}; its queries are in {paths.shown(bad)}. Lower --lr"
+                raise Failed(message) from None
+            except torch.OutOfMemoryError:
+                message = f"out of memory at step {step + 1} ({batch.texts} texts). Pass --mini-batch-size {max(1, chunk // 2)}"
+                raise Failed(f"{message}: the same gradients in less memory") from None
+            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            done = step + 1
+            journal.step(done, done / per_epoch, {"loss": loss, **parts}, rate, norm)
+            if done % per_epoch == 0 or done == total:
+                journal.score(model, round(done / per_epoch, 4))
+                model.train()
+            if interrupt.received:
+                save(done)
+                message = f"stopped at step {done} of {total}; the same command with --resume goes on"
+                if interrupt.received == signal.SIGINT:
+                    stage.say(message)
+                    raise KeyboardInterrupt
+                raise Failed(message)
+            if done % per_epoch == 0 or journal.minutes_since_save() >= args.save_minutes:
+                save(done)
+    if not first:
+        return
+    journal.close()
+    journal.restore_best(model)
     draw(journal.rows, work / "loss.png", title)
     models.save(model, work, card(title, args, journal))
-    shutil.rmtree(work / "trainer", ignore_errors=True)
-    record.write(
-        work, steps=trainer.state.global_step, best_epoch=journal.best_epoch, dev_ndcg_at_10=journal.best if dev else None
-    )
+    for left in itertools.chain(work.glob("checkpoint-*"), [work / "best.safetensors"]):
+        shutil.rmtree(left) if left.is_dir() else left.unlink(missing_ok=True)
+    record.write(work, steps=total, best_epoch=journal.best_epoch, dev_ndcg_at_10=journal.best if dev else None)
     old = output.with_name(f".{output.name}.old")
     shutil.rmtree(old, ignore_errors=True)
     if output.is_dir():
         output.rename(old)
-    work.rename(output)
+    os.rename(work, output)
     shutil.rmtree(old, ignore_errors=True)
     stage.say(f"wrote  {paths.shown(output)}/: checkpoint, run.json, log.jsonl, loss.png")

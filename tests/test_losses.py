@@ -100,9 +100,13 @@ def loop_cluster(tensors, verified, present, weight=0.3):
     return total / len(query)
 
 
+def of_scores(loss):
+    return lambda *texts: loss(*train_stage1.score_candidates(*texts))
+
+
 STAGE1 = {
     "snn": (train_stage1.soft_nearest_neighbor_loss, loop_snn),
-    "authors": (train_stage1.authors_loss, loop_authors),
+    "authors": (of_scores(train_stage1.authors_of), loop_authors),
     "cluster": (train_stage1.cluster_loss, loop_cluster),
 }
 
@@ -125,7 +129,7 @@ def test_without_synthetic_texts_snn_is_info_nce():
     nothing = torch.zeros(5, 3, dtype=torch.bool)
     verified = torch.ones(5, dtype=torch.bool)
     snn = train_stage1.soft_nearest_neighbor_loss(*tensors, verified, TAU, nothing)
-    info_nce = train_stage1.info_nce_loss(*tensors[:2], TAU)
+    info_nce = of_scores(train_stage1.info_nce_of)(*tensors, verified, TAU)
     loop = sum(log_sum_exp([score(q, p) for p in tensors[1]]) - score(q, tensors[1][i]) for i, q in enumerate(tensors[0])) / 5
     assert snn.item() == pytest.approx(loop, abs=1e-9)
     assert info_nce.item() == pytest.approx(loop, abs=1e-9)
@@ -237,10 +241,9 @@ def test_partial_plackett_luce_pulls_the_preferred_most_and_pushes_strangers():
     for row in range(3):
         for kind in (1, 2):
             leaf = [t.clone().requires_grad_() for t in tensors]
-            scores, better, worse = train_stage2._pair_scores(*leaf, TAU)
-            first = scores[0].logsumexp(0) - better[0]
-            second = scores[0, 1:].logsumexp(0) - worse[0]
-            gradient = torch.autograd.grad(first + second, leaf[kind])[0][row]
+            candidates = torch.cat(leaf[1:])
+            loss = train_stage2.plackett_luce_of(leaf[0], candidates, torch.tensor([[0, 0, 3]]), TAU)
+            gradient = torch.autograd.grad(loss, leaf[kind])[0][row]
             gradients.append((row, kind, float(gradient @ tensors[0][0])))
     towards = {(row, kind): value for row, kind, value in gradients}
     assert towards[0, 1] < 0  # the preferred passage is pulled
@@ -250,7 +253,9 @@ def test_partial_plackett_luce_pulls_the_preferred_most_and_pushes_strangers():
 def test_bradley_terry_equals_the_formula():
     query, preferred, rejected = random_batch(4)[:3]
     expected = sum(math.log1p(math.exp(score(q, rejected[i]) - score(q, preferred[i]))) for i, q in enumerate(query)) / 4
-    assert train_stage2.bradley_terry_loss(query, preferred, rejected, TAU).item() == pytest.approx(expected, abs=1e-6)
+    pairs = torch.arange(4)[:, None] + torch.tensor([0, 0, 4])
+    loss = train_stage2.bradley_terry_of(query, torch.cat([preferred, rejected]), pairs, TAU)
+    assert loss.item() == pytest.approx(expected, abs=1e-6)
 
 
 def test_kl_equals_the_loop_and_is_zero_at_the_reference():
@@ -277,7 +282,7 @@ def test_kl_gives_the_reference_no_gradient():
     assert tensors[3].grad is None
 
 
-@pytest.mark.parametrize("loss", [train_stage1.soft_nearest_neighbor_loss, train_stage1.cluster_loss, train_stage1.authors_loss])
+@pytest.mark.parametrize("loss", [loss for loss, _ in STAGE1.values()])
 def test_float32_is_close_to_float64(loss):
     tensors = [t.detach() for t in random_batch(16, dim=64)]
     verified, present = masks(16, "missing")

@@ -52,14 +52,10 @@ def stage1(home, trained):
 @pytest.mark.parametrize(("sizes", "batch"), [([10] * 7, 4), ([1] * 23, 5), ([3, 1, 1, 9, 2], 4), ([1], 8)])
 def test_batches_use_every_row_once_and_no_query_twice(sizes, batch):
     query_ids = [f"q{number}" for number, size in enumerate(sizes) for _ in range(size)]
-    sampler = training.UniqueQueryBatches(range(len(query_ids)), batch, False, query_ids=query_ids, seed=1)
-    epochs = []
-    for epoch in (0, 0, 1):
-        sampler.set_epoch(epoch)
-        epochs.append(list(sampler))
+    epochs = [training.deal(query_ids, batch, 1, epoch) for epoch in (0, 0, 1)]
     for batches in epochs:
         assert sorted(row for rows in batches for row in rows) == list(range(len(query_ids)))
-        assert len(batches) == len(sampler)
+        assert len(batches) == max(-(-len(query_ids) // batch), *sizes)
         lengths = [len(rows) for rows in batches]
         assert max(lengths) <= batch
         assert max(lengths) - min(lengths) <= 1
@@ -78,20 +74,17 @@ def test_collator_encodes_each_text_once_and_absent_ones_not_at_all(tiny_encoder
             [0],
         ),
     }
-    batch = training.Collator(model, samples.__getitem__, 32)([{"row": 0}, {"row": 1}])
-    places, more = batch.pop("label").split([3, 1], dim=1)
-    assert sum(len(value) for key, value in batch.items() if key.endswith("input_ids")) == 3
+    batch = training.Collator(model, samples.__getitem__, 32, 2)([0, 1])
+    places, more = batch.labels.split([3, 1], dim=1)
+    assert [len(chunk["input_ids"]) for chunk in batch.chunks] == [2, 1]
+    assert batch.texts == 3
     assert more.flatten().tolist() == [1, 0]
     assert places[0, 2] == -1
     assert places[0, 0] == places[1, 0]
     assert places[0, 1] == places[1, 2]
 
-    loss = training.EmbeddingLoss(model, lambda embeddings, labels: (embeddings.sum(), {"all": embeddings}))
-    model.eval()
-    features = [{"input_ids": batch["chunk0_input_ids"], "attention_mask": batch["chunk0_attention_mask"]}]
-    with torch.no_grad():
-        loss(features, places)
-    embeddings = loss.parts["all"][0]
+    _, parts = training.backward(model.eval(), batch, lambda embeddings, labels: (embeddings.sum(), {"all": embeddings}), 0)
+    embeddings = parts["all"]
     expected = search.encode(model, ["what is a set"], "query"), search.encode(model, ["a finite container"], "document")
     for place, vector in zip((places[0, 0], places[0, 1]), expected, strict=True):
         np.testing.assert_allclose(embeddings[place].numpy(), vector[0], atol=1e-6)
@@ -187,8 +180,8 @@ def test_a_loss_that_is_not_finite_stops_at_once(stage1, home, tiny_encoder, run
         calls.append(1)
         return real(*args, **kwargs) * (math.nan if len(calls) == 3 else 1.0)
 
-    real = script.soft_nearest_neighbor_loss
-    monkeypatch.setattr(script, "soft_nearest_neighbor_loss", broken)
+    real = script.snn_of
+    monkeypatch.setitem(script.LOSSES, "snn", broken)
     code, out, err = run_script("train_stage1.py", tiny_encoder, "tiny", "--epochs", 2, *FAST)
     assert code == 1
     assert len(calls) == 3

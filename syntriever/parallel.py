@@ -1,0 +1,52 @@
+"""Several processes on one run (torchrun): who does what, and sums across them."""
+
+from __future__ import annotations
+
+import os
+from datetime import timedelta
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+
+def rank() -> int:
+    """Number of this process; 0 writes files and talks."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def world() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def start() -> str | None:
+    """Join the other processes of `torchrun`; the device of this one, None where it is alone."""
+    if world() == 1:
+        return None
+    import torch
+    from torch import distributed
+
+    cuda = torch.cuda.is_available()
+    if not distributed.is_initialized():
+        # The others wait while process 0 scores the dev split or embeds the reference.
+        distributed.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(hours=6))
+    device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if cuda else "cpu"
+    if cuda:
+        torch.cuda.set_device(device)
+    return device
+
+
+def add_up(tensor: torch.Tensor) -> None:
+    """Replace a tensor by its sum over all processes."""
+    if world() > 1:
+        from torch import distributed
+
+        distributed.all_reduce(tensor)
+
+
+def wait() -> None:
+    """Return when all processes are here."""
+    if world() > 1:
+        from torch import distributed
+
+        distributed.barrier()

@@ -1,0 +1,285 @@
+"""The training loop: gradients in chunks and over processes, masks, lists, checkpoints, kills."""
+
+import hashlib
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import ROOT, fill_home, load_script
+
+from syntriever import models, training
+
+train_stage1, train_stage2 = load_script("train_stage1.py"), load_script("train_stage2.py")
+TAU = 0.05
+
+
+@pytest.fixture(scope="session")
+def dropout_encoder(tiny_encoder, tmp_path_factory):
+    """The tiny encoder, with dropout."""
+    folder = tmp_path_factory.mktemp("dropout") / tiny_encoder.name
+    shutil.copytree(tiny_encoder, folder)
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+# --- gradients
+
+
+def batch_of(model, docstrings, rows, chunk):
+    def sample(row):
+        _, query, passage = docstrings[row]
+        texts = [("query: ", query), ("passage: ", passage), None, ("passage: ", query), ("passage: ", passage[:40])]
+        return texts, [1, row, row]
+
+    return training.Collator(model, sample, 32, chunk)(rows)
+
+
+def snn(args=("--no-mask-known-positives",)):
+    parsed = train_stage1.parse_args(["minilm", "tiny", *args])
+    return train_stage1.make_loss(parsed, [{row} for row in range(60)])
+
+
+def gradients(model):
+    found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    return found
+
+
+@pytest.mark.parametrize("loss", ["snn", "cluster", "infonce", "authors"])
+def test_gradient_caching_changes_no_gradient(dropout_encoder, docstrings, loss):
+    model = models.load(models.resolve(str(dropout_encoder), "tiny"), "cpu").train()
+    found = []
+    for cached in (False, True):
+        batch = batch_of(model, docstrings, list(range(12)), 5)
+        value, _ = training.backward(model, batch, snn(["--loss", loss]), seed=3, cached=cached)
+        found.append((value, gradients(model)))
+    (plain, ours), (cached, theirs) = found
+    assert cached.item() == pytest.approx(plain.item(), abs=1e-6)
+    assert ours.keys() == theirs.keys()
+    assert len(ours) > 20
+    for name in ours:
+        torch.testing.assert_close(ours[name], theirs[name], rtol=0, atol=1e-5)
+    # Dropout is drawn anew at each step.
+    training.backward(model, batch, snn(), seed=4)
+    assert any((ours[name] - grad).abs().max() > 1e-3 for name, grad in gradients(model).items())
+
+
+TWO = """
+import json, sys
+sys.path[:0] = [{tests!r}, {root!r}]
+import torch
+torch.set_num_threads(1)
+from syntriever import models, parallel, training
+parallel.start()
+import test_training as t
+model = models.load(models.resolve({model!r}, "tiny"), "cpu").train()
+docs = json.load(open({docs!r}))
+batch = t.batch_of(model, docs, list(range(12)), 5)
+loss, _ = training.backward(model, batch, t.snn([]), 3, cached={cached})
+if parallel.rank() == 0:
+    torch.save({{"loss": loss, **t.gradients(model)}}, {out!r})
+"""
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_two_processes_give_the_loss_and_gradients_of_one(dropout_encoder, docstrings, tmp_path, cached):
+    (tmp_path / "docs.json").write_text(json.dumps(docstrings))
+    names = {"tests": str(ROOT / "tests"), "root": str(ROOT), "model": str(dropout_encoder), "out": str(tmp_path / "two.pt")}
+    (tmp_path / "two.py").write_text(TWO.format(**names, docs=str(tmp_path / "docs.json"), cached=cached))
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", str(tmp_path / "two.py")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=180)
+    assert done.returncode == 0, done.stderr[-3000:]
+    two = torch.load(tmp_path / "two.pt", weights_only=True)
+    model = models.load(models.resolve(str(dropout_encoder), "tiny"), "cpu").train()
+    loss, _ = training.backward(model, batch_of(model, docstrings, list(range(12)), 5), snn([]), 3)
+    assert two.pop("loss").item() == pytest.approx(loss.item(), abs=1e-5)
+    for name, grad in gradients(model).items():
+        torch.testing.assert_close(two[name], grad, rtol=0, atol=1e-5)
+
+
+# --- which texts are candidates
+
+
+def test_no_text_counts_twice_and_no_known_passage_is_a_negative():
+    """Against plain loops: rows 0 and 1 share a query, row 2 has the gold passage of row 0, row 4 lacks texts."""
+    generator = torch.Generator().manual_seed(0)
+    texts = torch.nn.functional.normalize(torch.randn(20, 8, generator=generator, dtype=torch.float64), dim=1)
+    places = torch.tensor([[1, 2, 3, 4], [5, 2, 3, 4], [1, 6, 7, 8], [9, 10, 11, 12], [13, -1, -1, 14]])
+    query = [15, 15, 16, 17, 18]
+    relevant = {15: {1, 5, 9}, 16: {1}, 17: {9}, 18: {13}}
+    verified = torch.tensor([True, True, False, True, False])
+    known = torch.tensor([[int(gold) in relevant[q] for gold in places[:, 0]] for q in query])
+    columns = [texts[places[:, kind].clamp(min=0)] for kind in range(4)]
+    ignore = train_stage1.ignored_candidates(places, known)
+    given = verified, TAU, places[:, 1:] >= 0, ignore
+    scores, own = train_stage1.score_candidates(texts[query], *columns, *given)
+    expected = 0.0
+    for row, q in enumerate(query):
+        gold, positive, cot, _ = places[row].tolist()
+        positives = [p for p in (gold, cot, positive if verified[row] else -1) if p >= 0]
+        candidates = {p for p in places.flatten().tolist() if p >= 0} - (relevant[q] - {gold})
+        score = {p: float(texts[q] @ texts[p]) / TAU for p in candidates}
+        total = torch.tensor([score[p] for p in sorted(candidates)], dtype=torch.float64).logsumexp(0)
+        expected += float(total - torch.tensor([score[p] for p in positives], dtype=torch.float64).logsumexp(0)) / 5
+    assert train_stage1.snn_of(scores, own).item() == pytest.approx(expected, abs=1e-9)
+
+
+def test_some_rows_of_a_query_stay_together():
+    query_ids = [f"q{n}" for n in range(40) for _ in range(1 + 9 * (n % 7 == 0))]
+    for epoch in range(2):
+        batches = training.deal(query_ids, 12, 1, epoch, together=4)
+        assert sorted(row for rows in batches for row in rows) == list(range(len(query_ids)))
+        for rows in batches:
+            counts = [sum(query_ids[row] == query for row in rows) for query in {query_ids[row] for row in rows}]
+            assert max(counts) <= 4
+    whole = training.deal(query_ids, 12, 1, 0, together=99)
+    assert all(len({b for b, rows in enumerate(whole) for row in rows if query_ids[row] == q}) == 1 for q in set(query_ids))
+
+
+# --- lists
+
+
+def test_lists_equal_the_pairwise_formula_over_the_same_candidates():
+    generator = torch.Generator().manual_seed(1)
+    query, candidates = torch.randn(3, 8, generator=generator).double(), torch.randn(9, 8, generator=generator).double()
+    pairs = torch.tensor([[0, 0, 1], [0, 2, 1], [0, 0, 2], [1, 4, 3], [2, 6, 8], [2, 1, 6]])
+    score = torch.nn.functional.cosine_similarity(query[:, None], candidates[None], dim=2) / TAU
+    expected = 0.0
+    for q, better, worse in pairs.tolist():
+        rest = torch.cat([score[q, :better], score[q, better + 1 :]])
+        expected += float(score[q].logsumexp(0) - score[q, better] + rest.logsumexp(0) - score[q, worse]) / len(pairs)
+    assert train_stage2.plackett_luce_of(query, candidates, pairs, TAU).item() == pytest.approx(expected, abs=1e-9)
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.3])
+def test_lists_and_pairs_agree_where_no_text_occurs_twice(beta):
+    generator = torch.Generator().manual_seed(2)
+    embeddings, refs = (torch.nn.functional.normalize(torch.randn(12, 8, generator=generator), dim=1) for _ in range(2))
+    labels = torch.tensor([[3 * n, 3 * n + 1, 3 * n + 2, n, 2 * n, 2 * n + 1] for n in range(4)])
+    found = []
+    for batching in ("pairs", "lists"):
+        args = train_stage2.parse_args(["x-sft", "tiny", "--beta", str(beta), "--batching", batching])
+        loss, parts = train_stage2.make_loss(args, refs[:4], refs[4:])(embeddings, labels)
+        found.append([loss.item(), *(value.item() for value in parts.values())])
+    assert found[0] == pytest.approx(found[1], abs=1e-5)
+
+
+def test_lists_encode_each_text_once(dropout_encoder):
+    """Five passages and ten pairs of a query are six texts."""
+    model = models.load(models.resolve(str(dropout_encoder), "tiny"), "cpu")
+    pairs = [(a, b) for a in range(5) for b in range(a + 1, 5)]
+    collate = training.Collator(model, lambda row: ([("", "query"), *(("", f"passage {n}") for n in pairs[row])], []), 32, 16)
+    assert collate(list(range(10))).texts == 6
+
+
+# --- checkpoints
+
+# Starts the script of its arguments once per line of input: a number of the fsync at which it is killed, or 0.
+LAUNCHER = """
+import os, runpy, signal, sys
+import matplotlib.pyplot, sentence_transformers, torch, torch.utils.tensorboard, transformers
+for line in sys.stdin:
+    child = os.fork()
+    if not child:
+        os.setsid()
+        os.dup2(2, 1)
+        torch.set_num_threads(1)
+        left, real = int(line), os.fsync
+        def fsync(file):
+            global left
+            left -= 1
+            if left == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+            real(file)
+        os.fsync = fsync
+        sys.argv = sys.argv[1:]
+        runpy.run_path(sys.argv[0], run_name="__main__")
+    print(child, flush=True)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
+
+
+class Launcher:
+    def __init__(self, home, *argv):
+        env = {**os.environ, "SYNTRIEVER_HOME": str(home), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        self.log = (home / "log").open("w+")
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": self.log, "env": env}
+        self.process = subprocess.Popen([sys.executable, "-c", LAUNCHER, *map(str, argv)], text=True, bufsize=1, **pipes)
+
+    def start(self, kill_at_fsync=0):
+        self.process.stdin.write(f"{kill_at_fsync}\n")
+        return int(self.process.stdout.readline())
+
+    def wait(self):
+        return int(self.process.stdout.readline())
+
+    def said(self):
+        self.log.flush()
+        return (self.log.name and open(self.log.name).read()) or ""
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.process.stdin.close()
+        self.process.wait(30)
+        self.log.close()
+
+
+def weights(home):
+    return hashlib.sha256((home / "output" / "e5-small-tiny-sft-tiny" / "model.safetensors").read_bytes()).hexdigest()
+
+
+@pytest.fixture
+def two_homes(tmp_path, docstrings):
+    homes = tmp_path / "calm", tmp_path / "killed"
+    for home in homes:
+        fill_home(home, docstrings)
+    return homes
+
+
+OPTIONS = ["tiny", "--epochs", "4", "--batch-size", "6", "--max-length", "32", "--dev-pool", "5", "--save-minutes", "0"]
+
+
+def test_killed_twenty_times_ends_in_the_same_weights(two_homes, dropout_encoder):
+    calm, killed = two_homes
+    script = [ROOT / "train_stage1.py", dropout_encoder, *OPTIONS]
+    with Launcher(calm, *script) as launcher:
+        launcher.start()
+        assert launcher.wait() == 0, launcher.said()
+    rng, kills, in_save = random.Random(5), 0, 0
+    work = killed / "output" / ".e5-small-tiny-sft-tiny.tmp"
+    with Launcher(killed, *script, "--resume") as launcher:
+        while kills < 20:
+            at_fsync = rng.randint(2, 5) if kills % 2 else 0
+            process = launcher.start(at_fsync)
+            if not at_fsync:
+                before = {p.name for p in work.glob("checkpoint-*")} if work.exists() else set()
+                end = time.monotonic() + 60
+                while not work.exists() or {p.name for p in work.glob("checkpoint-*")} <= before:
+                    assert time.monotonic() < end, launcher.said()
+                    time.sleep(0.002)
+                time.sleep(rng.random() * 0.02)
+                os.killpg(process, signal.SIGKILL)
+            code = launcher.wait()
+            if code == 0:
+                break
+            assert code == -signal.SIGKILL, launcher.said()
+            kills += 1
+            in_save += bool(list(work.glob(".checkpoint-*.tmp")))
+        launcher.start()
+        assert launcher.wait() == 0, launcher.said()
+    print(f"{kills} kills, {in_save} of them inside a save: {weights(killed)[:16]} = {weights(calm)[:16]}")
+    assert kills == 20
+    assert in_save >= 5
+    assert weights(killed) == weights(calm)
+    assert not work.exists()
