@@ -1,0 +1,228 @@
+"""Benchmark of the training stages: the real commands on pydocs, against plain sentence-transformers.
+
+Run      python bench/training.py                   all parts, about 25 minutes on two cores
+         python bench/training.py step lists        some of: step, lists, memory
+Peer     step: SentenceTransformerTrainer with the same loss over five columns, one forward pass each, the
+         same rows, batch size, length, optimiser, precision and denormal flushing
+Writes   bench/training.json
+
+Every run is a process of its own and one at a time, so that its peak memory is its own. Seconds are of
+the training loop, from its first log entry to its last: start-up is left out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import itertools
+import json
+import os
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.append(str(ROOT))
+from syntriever import jsonl  # noqa: E402
+
+RECORDED = ROOT / "datasets" / "recorded" / "pydocs"
+BATCH, LENGTH, STEPS = 32, 256, 6
+CACHED = ["--mini-batch-size", "16"]
+COMMON = ["--max-length", str(LENGTH), "--save-minutes", "999", "--force"]
+
+
+def write(path: Path, rows: Any) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(b"".join(map(jsonl.dumps, rows)))
+
+
+def dataset(home: Path, name: str, passages: dict[str, str], queries: dict[str, tuple[str, str]]) -> None:
+    """BEIR folder without a dev split; `queries`: id -> (text, id of the gold passage)."""
+    folder = home / "datasets" / name
+    write(folder / "corpus.jsonl", ({"_id": i, "title": "", "text": text} for i, text in passages.items()))
+    write(folder / "queries.jsonl", ({"_id": i, "text": text} for i, (text, _) in queries.items()))
+    (folder / "qrels").mkdir()
+    rows = "".join(f"{query}\t{gold}\t1\n" for query, (_, gold) in queries.items())
+    (folder / "qrels" / "train.tsv").write_text("query-id\tcorpus-id\tscore\n" + rows)
+
+
+def fill(home: Path) -> None:
+    """`small`: the queries with recorded texts. `large`: 1,024 queries; the recorded texts go round."""
+    import importlib.util
+
+    spec = importlib.util.spec_from_file_location("build_pydocs", ROOT / "datasets" / "build_pydocs.py")
+    assert spec is not None
+    assert spec.loader is not None
+    build = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(build)
+    pairs = list(build.pairs(Path(sysconfig.get_paths()["stdlib"])))
+    passages = {name: passage for name, _, passage in pairs}
+    everyone = {f"q-{name}": (query, name) for name, query, _ in pairs}
+    texts = {row["query_id"]: row for row in jsonl.read(RECORDED / "synthesis.jsonl") if row["query_id"] in everyone}
+    dataset(home, "small", passages, {query: everyone[query] for query in texts})
+    write(home / "datasets" / "small_synthetic.jsonl", texts.values())
+    some = dict(itertools.islice(everyone.items(), 1024))
+    dataset(home, "large", passages, some)
+    rows = zip(some, itertools.cycle(texts.values()))
+    write(home / "datasets" / "large_synthetic.jsonl", ({**row, "query_id": query} for query, row in rows))
+    # Ten pairs of five passages for each query whose recorded ranking has five levels.
+    best = {
+        row["query_id"]: [level[0] for level in row["ranking"]][:5]
+        for row in jsonl.read(RECORDED / "preferences.jsonl")
+        if row["query_id"] in texts and len(row["ranking"]) >= 5 and all(level[0] in passages for level in row["ranking"][:5])
+    }
+    preferences = (
+        {"query_id": query, "preferred_id": better, "rejected_id": worse}
+        for query, five in best.items()
+        for better, worse in itertools.combinations(five, 2)
+    )
+    write(home / "stage2" / "minilm_small_preferences.jsonl", preferences)
+
+
+def command(home: Path, *argv: str | Path) -> dict[str, float]:
+    """Run a training command: seconds and steps between the first and the last entry of its log, peak MiB."""
+    env = {**os.environ, "SYNTRIEVER_HOME": str(home)}
+    with (home / "out").open("w+") as out:
+        process = subprocess.Popen([sys.executable, *map(str, argv)], env=env, stdout=out, stderr=out)
+        _, status, usage = os.wait4(process.pid, 0)
+        out.seek(0)
+        if status:
+            raise SystemExit(f"{argv} failed:\n{out.read()[-2000:]}")
+    log = max(home.glob("output/*/log.jsonl"), key=lambda path: path.stat().st_mtime)
+    rows = [row for row in map(json.loads, log.read_text().splitlines()) if "loss" in row]
+    first, last = rows[0], rows[-1]
+    return {
+        "steps": last["step"] - first["step"],
+        "seconds": last["seconds"] - first["seconds"],
+        "seconds_per_step": (last["seconds"] - first["seconds"]) / max(1, last["step"] - first["step"]),
+        "peak_mib": usage.ru_maxrss / 1024,
+    }
+
+
+def sentence_transformers(home: Path, steps: int) -> None:
+    """The peer, a process of its own: the same rows and loss, five columns."""
+    import torch
+    from datasets import Dataset
+    from sentence_transformers.sentence_transformer import SentenceTransformer, SentenceTransformerTrainer
+    from sentence_transformers.sentence_transformer.training_args import SentenceTransformerTrainingArguments
+    from transformers import TrainerCallback
+
+    sys.argv[1:] = []
+    import train_stage1
+    from syntriever import models
+
+    torch.set_flush_denormal(True)
+    folder = home / "datasets" / "small"
+    passages = {row["_id"]: row["text"] for row in jsonl.read(folder / "corpus.jsonl")}
+    rows = list(jsonl.read(home / "datasets" / "small_synthetic.jsonl"))
+    columns: dict[str, Any] = {"query": [row["query"] for row in rows]}
+    columns["passage"] = [passages[row["query_id"].removeprefix("q-")] for row in rows]
+    columns |= {name: [row[name] for row in rows] for name in ("positive", "cot", "negative")}
+    columns["label"] = [int(row["verified"]) for row in rows]
+    model = SentenceTransformer(models.resolve("minilm", "small").where)
+    model.max_seq_length = LENGTH
+
+    class Loss(torch.nn.Module):
+        def __init__(self, model: Any) -> None:
+            super().__init__()
+            self.model = model
+
+        def forward(self, features: Any, labels: Any) -> Any:
+            texts = [self.model(column)["sentence_embedding"] for column in features]
+            return train_stage1.soft_nearest_neighbor_loss(*texts, labels.bool())
+
+    class Clock(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            times.append(time.monotonic())
+
+    times: list[float] = []
+    cuda = torch.cuda.is_available()
+    settings = SentenceTransformerTrainingArguments(
+        output_dir=str(home / "peer"), max_steps=steps, per_device_train_batch_size=BATCH, learning_rate=2e-5,
+        warmup_steps=0.1, batch_sampler="no_duplicates", save_strategy="no", logging_strategy="no", disable_tqdm=True,
+        weight_decay=0.0, seed=42, bf16=cuda, optim="adamw_torch_fused" if cuda else "adamw_torch",
+    )  # fmt: skip
+    trainer = SentenceTransformerTrainer(
+        model=model, args=settings, train_dataset=Dataset.from_dict(columns), loss=Loss(model), callbacks=[Clock()]
+    )
+    trainer.train()
+    print(json.dumps({"steps": len(times) - 2, "seconds": times[-1] - times[1]}))
+
+
+def stage1(home: Path, ds: str, *options: str) -> dict[str, float]:
+    return command(home, ROOT / "train_stage1.py", "minilm", ds, *COMMON, *options)
+
+
+def step(home: Path) -> dict[str, Any]:
+    """A stage-1 step of 32 rows, ours and theirs in turn, twice; the best of each."""
+    ours, theirs = [], []
+    for _ in range(2):
+        ours.append(stage1(home, "small", "--batch-size", str(BATCH), "--epochs", str(STEPS * BATCH / 256))["seconds_per_step"])
+        done = subprocess.run([sys.executable, __file__, "--peer", str(home)], capture_output=True, text=True)
+        if done.returncode:
+            raise SystemExit(done.stderr[-2000:])
+        found = json.loads(done.stdout.splitlines()[-1])
+        theirs.append(found["seconds"] / found["steps"])
+        print(f"step: ours {ours[-1]:.2f} s, sentence-transformers {theirs[-1]:.2f} s", flush=True)
+    return {"ours_s": ours, "sentence_transformers_s": theirs, "ratio": min(theirs) / min(ours)}
+
+
+def lists(home: Path) -> dict[str, Any]:
+    """A step of 100 pairs of stage 2 (epochs have the same number of steps): every pair by itself, and lists."""
+    found = {}
+    for batching in ("pairs", "lists"):
+        options = ["--batching", batching, "--epochs", "0.5", "--beta", "0"]
+        run = command(home, ROOT / "train_stage2.py", "minilm", "small", *COMMON, *options)
+        found[f"{batching}_s_per_step"] = run["seconds_per_step"]
+        print(f"lists: {batching} {run['seconds_per_step']:.2f} s a step of 100 pairs, {run['steps']} steps timed", flush=True)
+    return found | {"ratio": found["pairs_s_per_step"] / found["lists_s_per_step"]}
+
+
+def memory(home: Path) -> dict[str, Any]:
+    """Peak memory of steps of 32 rows, without and with gradient caching, and of 1,024 rows with it."""
+    found = {}
+    for rows, options in ((32, []), (32, CACHED), (1024, CACHED)):
+        share = str(rows / 1024)
+        run = stage1(home, "large", "--batch-size", str(rows), "--epochs", share, "--max-length", "128", *options)
+        name = f"batch_{rows}" + ("_cached" if options else "")
+        found[f"{name}_mib"] = run["peak_mib"]
+        print(f"memory: {name} {run['peak_mib']:.0f} MiB", flush=True)
+    return found | {"ratio": found["batch_1024_cached_mib"] / found["batch_32_mib"]}
+
+
+def machine() -> dict[str, Any]:
+    import torch
+
+    from syntriever import stage
+
+    name = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} CPU cores"
+    return {"device": name, "threads": torch.get_num_threads(), "versions": stage.versions()}
+
+
+def main() -> None:
+    parts = {"step": step, "lists": lists, "memory": memory}
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("parts", nargs="*", choices=(*parts, []), help="which (default: all)")
+    parser.add_argument("--peer", type=Path, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.peer:
+        sentence_transformers(args.peer, STEPS)
+        return
+    target = ROOT / "bench" / "training.json"
+    results: dict[str, Any] = {}
+    with contextlib.suppress(OSError):
+        results = json.loads(target.read_text())
+    with tempfile.TemporaryDirectory() as folder:
+        fill(Path(folder))
+        for name in args.parts or parts:
+            results[name] = {**parts[name](Path(folder)), **machine()}
+            print(f"{name}: ratio {results[name]['ratio']:.2f}", flush=True)
+            target.write_text(json.dumps(results, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
