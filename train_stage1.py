@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 
 # ------------------------------------------------------------------- edit here: the losses
 # They take (B, D) embeddings of query, gold passage, positive, cot and negative, a (B,) bool
-# `verified`, and a (B, 3) bool `present` for positive, cot, negative. Scores are cos / temperature.
+# `verified`, and a (B, 3) bool `present` for positive, cot, negative. Scores are cos / temperature;
+# of (B, T, D) token embeddings, mean MaxSim / temperature (`models.similarity`).
 
 # Score of what is absent: exp of it is exactly 0, and unlike -inf it has no NaN gradient.
 ABSENT = -1e4
@@ -91,19 +92,18 @@ def cluster_loss(
     of the batch}. Arguments as in `score_candidates`.
     """
     import torch
-    from torch.nn.functional import normalize
 
     there = torch.ones_like(verified)[:, None].expand(-1, 3).bool() if present is None else present.bool()
-    query, passage, positive, cot, negative = (normalize(t, dim=1) for t in (query, passage, positive, cot, negative))
     always, has_positive, has_cot, has_negative = torch.ones_like(there[:, 0]), *there.T
 
     def cost(anchor: Tensor, target: Tensor, has_target: Tensor, kind: int) -> Tensor:
         """(B,) of -log softmax of s(anchor_i, target_i) over {targets, negatives}."""
-        scores = anchor @ torch.cat([target, negative]).T / temperature
+        scores = models.similarity(anchor, torch.cat([target, negative])) / temperature
+        own = scores.diagonal()
         scores = scores.masked_fill(~torch.cat([has_target, has_negative]), ABSENT)
         if ignore is not None:
             scores = scores.masked_fill(ignore[:, [kind, 3]].flatten(1), ABSENT)
-        return scores.logsumexp(1) - (anchor * target).sum(1) / temperature
+        return scores.logsumexp(1) - own
 
     def mean_of(costs: list[Tensor], used: list[Tensor]) -> Tensor:
         """(B,) mean of the used costs of each row, 0 where none is."""
@@ -134,10 +134,9 @@ def score_candidates(
     `ignore`: (B, 4, B) bool, candidates that are not one for that row (`ignored_candidates`).
     """
     import torch
-    from torch.nn.functional import normalize
 
-    candidates = normalize(torch.stack([passage, positive, cot, negative]), dim=2)  # (4, B, D)
-    scores = torch.einsum("id,kjd->ikj", normalize(query, dim=1), candidates) / temperature
+    scores = models.similarity(query, torch.cat([passage, positive, cot, negative])) / temperature  # (B, 4B)
+    scores = scores.view(len(query), 4, len(query))
     if present is not None:
         there = torch.cat([torch.ones_like(verified)[:, None].bool(), present.bool()], dim=1)  # (B, 4)
         scores = scores.masked_fill(~there.T, ABSENT)
@@ -234,13 +233,12 @@ def make_loss(args: argparse.Namespace, relevant: Sequence[set[int]]) -> LossFun
         ignore = None if args.no_mask_known_positives else ignored_candidates(places[:, 1:], known(labels))
         given = verified, args.temperature, places[:, 2:] >= 0, ignore
         scores, own = score_candidates(*texts, *given)
-        # gold_share: how much of the pull on a row's own positives reaches its gold passage.
         hits = scores[:, 0].argmax(1) == torch.arange(len(labels), device=scores.device)
-        parts = {"gold_accuracy": hits.float().mean(), "gold_share": own.softmax(1)[:, 0].mean()}
-        parts |= {"denominator": scores.flatten(1).logsumexp(1).mean(), "numerator": own.logsumexp(1).mean()}
-        parts |= training.spread(embeddings, query, passage)
-        if args.loss != "snn":
-            parts = {name: parts[name] for name in ("gold_accuracy", "alignment", "uniformity")}
+        parts = {"gold_accuracy": hits.float().mean(), **training.spread(embeddings, query, passage)}
+        if args.loss == "snn":
+            # gold_share: how much of the pull on a row's own positives reaches its gold passage.
+            parts |= {"gold_share": own.softmax(1)[:, 0].mean(), "numerator": own.logsumexp(1).mean()}
+            parts["denominator"] = scores.flatten(1).logsumexp(1).mean()
         if args.loss == "cluster":
             return cluster_loss(*texts, *given, view_weight=args.view_weight), parts
         return LOSSES[args.loss](scores, own), parts
@@ -298,7 +296,6 @@ def main(args: argparse.Namespace) -> None:
         from syntriever import journal, training
 
         model = models.load(ref, device)
-        prefix_query, prefix_passage = model.prompts["query"], model.prompts["document"]
         names = [query for query, _ in rows]
         numbers = {query: number for number, query in enumerate(dict.fromkeys(names))}
         relevant: list[set[int]] = [set() for _ in numbers]
@@ -308,8 +305,8 @@ def main(args: argparse.Namespace) -> None:
         def sample(number: int) -> Row:
             query, position = rows[number]
             texts, verified = synthetic_texts(synthetic.get(query) if synthetic else None, args)
-            passages = [(prefix_passage, text) if text is not None else None for text in (corpus.text(position), *texts)]
-            return [(prefix_query, queries[query]), *passages], [verified, numbers[query], position]
+            passages = [("document", text) if text is not None else None for text in (corpus.text(position), *texts)]
+            return [("query", queries[query]), *passages], [verified, numbers[query], position]
 
         def batches(epoch: int) -> list[list[int]]:
             together = 1 if args.no_mask_known_positives else GOLDS_TOGETHER

@@ -41,34 +41,30 @@ def partial_plackett_luce_loss(query: Tensor, preferred: Tensor, rejected: Tenso
 
     rows = torch.arange(len(query), device=query.device)
     pairs = torch.stack([rows, rows, rows + len(query)], dim=1)
-    return plackett_luce_of(query, torch.cat([preferred, rejected]), pairs, temperature)
+    return plackett_luce_of(models.similarity(query, torch.cat([preferred, rejected])) / temperature, pairs)
 
 
-def plackett_luce_of(query: Tensor, candidates: Tensor, pairs: Tensor, temperature: float = 0.05) -> Tensor:
-    """`partial_plackett_luce_loss` of (P, 3) pairs of (Q, D) queries and (M, D) candidates: all pairs of
-    a query share its encoding and those of its passages (`--batching lists`). The mean over pairs."""
-    from torch.nn.functional import normalize
-
-    scores = (normalize(query, dim=1) @ normalize(candidates, dim=1).T / temperature)[pairs[:, 0]]  # (P, M)
+def plackett_luce_of(scores: Tensor, pairs: Tensor) -> Tensor:
+    """`partial_plackett_luce_loss`, the mean over pairs, of the (Q, M) scores of queries and candidates
+    and (P, 3) pairs: a query, its preferred and its rejected candidate. All pairs of a query may share
+    one encoding of it and of each passage (`--batching lists`)."""
+    scores = scores[pairs[:, 0]]  # (P, M)
     better, worse = scores.gather(1, pairs[:, 1:]).unbind(1)
     others = scores.scatter(1, pairs[:, 1:2], float("-inf"))
     return (scores.logsumexp(1) - better + others.logsumexp(1) - worse).mean()
 
 
-def bradley_terry_of(query: Tensor, candidates: Tensor, pairs: Tensor, temperature: float = 0.05) -> Tensor:
+def bradley_terry_of(scores: Tensor, pairs: Tensor) -> Tensor:
     """-log sigmoid(s(q, c+) - s(q, c-)), the paper's comparison: no other passage of the batch counts."""
     from torch.nn.functional import softplus
 
-    return softplus(-margins(query, candidates, pairs) / temperature).mean()
+    return softplus(-margins(scores, pairs)).mean()
 
 
-def margins(query: Tensor, candidates: Tensor, pairs: Tensor) -> Tensor:
-    """(P,) cos(q, c+) - cos(q, c-)."""
-    from torch.nn.functional import normalize
-
-    own = normalize(candidates, dim=1)[pairs[:, 1:]]  # (P, 2, D)
-    better, worse = (normalize(query, dim=1)[pairs[:, :1]] * own).sum(2).unbind(1)
-    return better - worse
+def margins(scores: Tensor, pairs: Tensor) -> Tensor:
+    """(P,) s(q, c+) - s(q, c-)."""
+    query, better, worse = pairs.T
+    return scores[query, better] - scores[query, worse]
 
 
 def kl_to_reference(
@@ -83,11 +79,14 @@ def kl_to_reference(
     Returns:
         Scalar, 0 where both models agree.
     """
-    from torch.nn.functional import normalize
+    reference = models.similarity(ref_query, ref_candidates) / temperature
+    return kl_of(models.similarity(query, candidates) / temperature, reference)
 
-    ours = (normalize(query, dim=1) @ normalize(candidates, dim=1).T / temperature).log_softmax(1)
-    reference = (normalize(ref_query, dim=1) @ normalize(ref_candidates, dim=1).T / temperature).log_softmax(1).detach()
-    return (ours.exp() * (ours - reference)).sum(1).mean()
+
+def kl_of(scores: Tensor, reference: Tensor) -> Tensor:
+    """`kl_to_reference` of the (Q, M) scores of both models."""
+    ours, theirs = scores.log_softmax(1), reference.detach().log_softmax(1)
+    return (ours.exp() * (ours - theirs)).sum(1).mean()
 
 
 LOSSES = {"partial-plackett-luce": plackett_luce_of, "bradley-terry": bradley_terry_of}
@@ -112,6 +111,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="pairs: the paper's, no query twice in a batch, every pair encoded by itself; lists: all pairs of a query in one "
         "batch, each text encoded once. --batch-size counts pairs either way (default: %(default)s)",
     )
+    parser.add_argument(
+        "--preferences", type=Path, help="preferences to train on (default: stage2/<model>_<dataset>_preferences.jsonl)"
+    )
     stage.add_training_options(parser, epochs=1, batch_size=100, lr=2e-5)
     return parser.parse_args(argv)
 
@@ -132,15 +134,14 @@ def make_loss(args: argparse.Namespace, ref_queries: Tensor, ref_passages: Tenso
             candidates, candidate_row = candidates.unique(dim=0, return_inverse=True)
             pairs = torch.stack([query_row, *candidate_row.view(2, -1)], dim=1)
         query, passage = embeddings[queries[:, 0]], embeddings[candidates[:, 0]]
-        ours = query, passage, pairs, args.temperature
-        preference = LOSSES[args.loss](*ours)
-        accuracy = (margins(query, passage, pairs) > 0).float().mean()
-        parts = {"preference": preference, "preference_accuracy": accuracy}
+        scores = models.similarity(query, passage) / args.temperature
+        preference = LOSSES[args.loss](scores, pairs)
+        parts = {"preference": preference, "preference_accuracy": (margins(scores, pairs) > 0).float().mean()}
         parts |= training.spread(embeddings, query[pairs[:, 0]], passage[pairs[:, 1]])
         if not args.beta:
             return preference, parts
-        reference = (ref[at[:, 1].cpu()].to(query.device) for ref, at in ((ref_queries, queries), (ref_passages, candidates)))
-        kl = kl_to_reference(query, passage, *reference, args.temperature)
+        known = (ref[at[:, 1].cpu()].to(query.device) for ref, at in ((ref_queries, queries), (ref_passages, candidates)))
+        kl = kl_of(scores, models.similarity(*known) / args.temperature)
         return preference + args.beta * kl, {**parts, "kl": kl}
 
     return loss
@@ -167,7 +168,9 @@ def main(args: argparse.Namespace) -> None:
     if args.beta < 0:
         raise BadInput(f"--beta must not be negative, got {args.beta}")
     ref = models.resolve(args.model, args.dataset, args.name)
-    source = paths.preferences(ref.name, args.dataset)
+    source = args.preferences.resolve() if args.preferences else paths.preferences(ref.name, args.dataset)
+    if args.preferences and not source.is_file():
+        raise BadInput(f"--preferences: {args.preferences} is not there")
     if not source.is_file():
         raise BadInput(
             f"{paths.shown(source)} is not there. Run: python stage2/parse_comparison.py {args.dataset} --model {ref.name}"
@@ -186,14 +189,14 @@ def main(args: argparse.Namespace) -> None:
         f"read   {len(pairs):,} preferences for {len(query_ids):,} queries, over {len(positions):,} passages of {args.dataset}"
     )
 
-    output = paths.model_output(f"{ref.name.removesuffix('-sft')}-final-{args.dataset}")
+    final = f"{ref.name.removesuffix('-sft')}-final"
+    output = paths.model_output(f"{final}-{args.dataset}")
     with jsonl.lock(output):
         resume = checkpoint.find(output, record, args)
         device = parallel.start() or args.device
         from syntriever import journal, training
 
         model = models.load(ref, device)
-        prefix_query, prefix_passage = model.prompts["query"], model.prompts["document"]
         with training.reference(output) as folder:
             # The model is still the stage-1 model here: its embeddings are all the KL term needs of it.
             known, texts = [queries[query] for query in query_ids], map(corpus.text, positions)
@@ -204,7 +207,7 @@ def main(args: argparse.Namespace) -> None:
 
             def sample(number: int) -> Row:
                 query, better, worse = pairs[number]
-                texts = [(prefix_query, queries[query]), *((prefix_passage, corpus.text(p)) for p in (better, worse))]
+                texts = [("query", queries[query]), *(("document", corpus.text(p)) for p in (better, worse))]
                 return texts, [query_row[query], passage_row[better], passage_row[worse]]
 
             def batches(epoch: int) -> list[list[int]]:
@@ -215,8 +218,8 @@ def main(args: argparse.Namespace) -> None:
             title = f"{output.name}: stage 2, --loss {args.loss}, --beta {args.beta:g}"
             loss = make_loss(args, ref_queries, ref_passages)
             training.train(model, loss, sample, batches, names, dev, args, output, record, resume, title)
-    base = ref.name.removesuffix("-sft")
-    stage.next_command(f"python evaluate.py bm25 {base} {ref.name} {base}-final {args.dataset}")
+    before = [args.model.removesuffix("-sft"), args.model] if models.is_own(args.model) else [ref.name]
+    stage.next_command(f"python evaluate.py bm25 {' '.join(before)} {final} {args.dataset}")
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.append(str(ROOT))
-from syntriever import jsonl  # noqa: E402
+from syntriever import jsonl
 
 RECORDED = ROOT / "datasets" / "recorded" / "pydocs"
 BATCH, LENGTH, STEPS = 32, 256, 6

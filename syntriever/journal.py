@@ -15,7 +15,6 @@ import numpy as np
 import torch
 from safetensors.torch import load_file
 from safetensors.torch import save as serialize
-from sentence_transformers import SentenceTransformer
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
@@ -39,10 +38,10 @@ class DevScore:
         positions = sorted(judged | set(rng.sample(range(len(corpus)), min(pool, len(corpus)))))
         self.ids, self.texts = [corpus.id(p) for p in positions], [corpus.text(p) for p in positions]
 
-    def __call__(self, model: SentenceTransformer) -> float:
+    def __call__(self, model: Any) -> float:
         with models.at_length(model, self.max_length):
             passages = search.encode(model, self.texts, "document")
-            scores = search.encode(model, list(self.queries.values()), "query") @ passages.T
+            scores = search.similarity(search.encode(model, list(self.queries.values()), "query"), passages)
         best = np.argsort(-scores, axis=1, kind="stable")[:, :10]
         run = {q: {self.ids[p]: float(scores[i, p]) for p in best[i]} for i, q in enumerate(self.queries)}
         return metrics.mean(metrics.evaluate(self.qrels, run, (10,))["nDCG@10"])
@@ -91,7 +90,7 @@ class Journal:
         with self.log.open("a") as file:
             file.write(json.dumps(row) + "\n")
 
-    def score(self, model: SentenceTransformer, epoch: float) -> None:
+    def score(self, model: Any, epoch: float) -> None:
         """Score the model on dev, and keep its weights where they are the best so far."""
         if self.dev is None or not self.talks:
             return
@@ -103,7 +102,7 @@ class Journal:
             with jsonl.atomic(self.work / "best.safetensors") as file:
                 file.write(serialize({name: tensor.cpu().contiguous() for name, tensor in model.state_dict().items()}))
 
-    def restore_best(self, model: SentenceTransformer) -> None:
+    def restore_best(self, model: Any) -> None:
         if self.best_epoch:
             model.load_state_dict(load_file(self.work / "best.safetensors"))
             stage.say(f"best   epoch {self.best_epoch:g} with dev nDCG@10 {self.best:.4f}")

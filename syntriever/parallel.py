@@ -44,6 +44,18 @@ def add_up(tensor: torch.Tensor) -> None:
         distributed.all_reduce(tensor)
 
 
+def largest(value: int, device: torch.device) -> int:
+    """The largest value that any process has."""
+    if world() == 1:
+        return value
+    import torch
+    from torch import distributed
+
+    found = torch.tensor(value, device=device)
+    distributed.all_reduce(found, distributed.ReduceOp.MAX)
+    return int(found)
+
+
 def wait() -> None:
     """Return when all processes are here."""
     if world() > 1:

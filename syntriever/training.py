@@ -33,12 +33,13 @@ from syntriever import checkpoint, jsonl, models, parallel, paths, search, stage
 from syntriever.errors import Failed
 from syntriever.journal import DevScore, Journal, card, draw
 
-# One row: its texts as (prefix, text), None where absent, and further integers for the loss.
+# One row: its texts as ("query" or "document", text), None where absent, and further integers for the loss.
 Row = tuple[list[tuple[str, str] | None], list[int]]
 LossFunction = Callable[[Tensor, Tensor], tuple[Tensor, dict[str, Tensor]]]
 
-# Texts that share one forward pass: short texts are not padded to the longest of the batch.
-CPU_CHUNK, GPU_CHUNK = 16, 128
+# Padded tokens that share one forward pass: enough to fill the device, few enough that a text is not
+# padded to the longest of the batch.
+CPU_TOKENS, GPU_TOKENS = 1_024, 32_768
 
 
 # ---- batches
@@ -71,35 +72,39 @@ class Batch:
     further) `labels`, where a column is the text's place among the embeddings or -1."""
 
     rows: list[int]
-    chunks: list[dict[str, Tensor]]
+    chunks: list[tuple[str, dict[str, Tensor]]]  # what its texts are ("query" or "document"), tokens
     labels: Tensor
 
     @property
-    def texts(self) -> int:
-        return sum(len(chunk["input_ids"]) for chunk in self.chunks)
+    def sizes(self) -> list[int]:
+        return [len(tokens["input_ids"]) for _, tokens in self.chunks]
 
 
 class Collator:
     """Turns row numbers into a `Batch`. Each distinct text of a batch is encoded once; absent ones cost
-    nothing."""
+    nothing. A chunk has at most `max_texts` texts and, unless it is a single one, `max_tokens` tokens."""
 
-    def __init__(self, model: Any, sample: Callable[[int], Row], max_length: int, chunk: int) -> None:
-        self.tokenizer, self.sample, self.max_length, self.chunk = model.tokenizer, sample, max_length, chunk
+    def __init__(self, model: Any, sample: Callable[[int], Row], max_texts: int | None, max_tokens: int = CPU_TOKENS) -> None:
+        self.model, self.sample, self.max_texts, self.max_tokens = model, sample, max_texts, max_tokens
 
     def __call__(self, numbers: list[int]) -> Batch:
         rows = [self.sample(number) for number in numbers]
         unique = list(dict.fromkeys(text for texts, _ in rows for text in texts if text is not None))
-        joined = [prefix + text for prefix, text in unique]
-        tokens = self.tokenizer(joined, truncation=True, max_length=self.max_length)["input_ids"]
-        order = sorted(range(len(unique)), key=lambda i: len(tokens[i]))
+        tokens = models.tokenize(self.model, unique)
+        # A late-interaction encoder treats queries and documents in different ways: no chunk holds both.
+        groups = ("query", "document") if models.is_late(self.model) else (None,)
+        order, chunks = [], []
+        for group in groups:
+            # The longest first, so that what is too much for the memory shows at once.
+            left = sorted((i for i, (kind, _) in enumerate(unique) if group in (None, kind)), key=lambda i: -len(tokens[i]))
+            while left:
+                size = min(self.max_texts or len(left), max(1, self.max_tokens // len(tokens[left[0]])))
+                now, left = left[:size], left[size:]
+                padded = models.pad(self.model, [unique[i] for i in now], [tokens[i] for i in now])
+                chunks.append((group or "", padded))
+                order += now
         place: dict[tuple[str, str] | None, int] = {unique[i]: at for at, i in enumerate(order)}
         place[None] = -1
-        chunks = []
-        for start in range(0, len(order), self.chunk):
-            padded = self.tokenizer.pad(
-                {"input_ids": [tokens[i] for i in order[start : start + self.chunk]]}, return_tensors="pt"
-            )
-            chunks.append(dict(padded))
         return Batch(numbers, chunks, torch.tensor([[place[text] for text in texts] + more for texts, more in rows]))
 
 
@@ -117,20 +122,25 @@ def backward(
     """
     device = model.device
     own = range(parallel.rank(), len(batch.chunks), parallel.world())
-    sizes = [len(chunk["input_ids"]) for chunk in batch.chunks]
-    parts_of = [slice(end - size, end) for size, end in zip(sizes, itertools.accumulate(sizes), strict=True)]
+    sizes = batch.sizes
+    part: list[Any] = [slice(end - size, end) for size, end in zip(sizes, itertools.accumulate(sizes), strict=True)]
+    shape = [sum(sizes), model.get_embedding_dimension()]
+    if models.is_late(model):  # (texts, tokens, D), 0 where a text has no token
+        widths = [tokens["input_ids"].shape[1] for _, tokens in batch.chunks]
+        part = [(rows, slice(width)) for rows, width in zip(part, widths, strict=True)]
+        shape.insert(1, max(widths))
 
     def encode(number: int) -> Tensor:
-        torch.manual_seed(seed * 65_537 + number)
-        chunk = {name: value.to(device, non_blocking=True) for name, value in batch.chunks[number].items()}
+        torch.manual_seed((seed * 65_537 + number) % 2**63)
+        kind, tokens = batch.chunks[number]
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-            return model(chunk)["sentence_embedding"].float()
+            return models.forward(model, {name: value.to(device, non_blocking=True) for name, value in tokens.items()}, kind)
 
     with torch.set_grad_enabled(not cached):
         made = {number: encode(number) for number in own}
-    embeddings = torch.zeros(sum(sizes), model.get_embedding_dimension(), device=device)
+    embeddings = torch.zeros(shape, device=device)
     for number in own:
-        embeddings[parts_of[number]] = made[number].detach()
+        embeddings[part[number]] = made[number].detach()
     parallel.add_up(embeddings)
     embeddings.requires_grad_()
     loss, parts = function(embeddings, batch.labels.to(device))
@@ -141,7 +151,7 @@ def backward(
     if cached:
         made.clear()
     for number in own:
-        (encode(number) if cached else made.pop(number)).backward(embeddings.grad[parts_of[number]])
+        (encode(number) if cached else made.pop(number)).backward(embeddings.grad[part[number]])
     if parallel.world() > 1:
         for parameter in model.parameters():
             if parameter.requires_grad:
@@ -152,7 +162,10 @@ def backward(
 
 def spread(embeddings: Tensor, query: Tensor, passage: Tensor) -> dict[str, Tensor]:
     """Alignment (mean squared distance of query and passage) and uniformity (log of the mean of
-    exp(-2 squared distance) over texts) of unit embeddings, after Wang and Isola (2020): lower is better."""
+    exp(-2 squared distance) over texts) of unit embeddings, after Wang and Isola (2020): lower is better.
+    Nothing of token embeddings."""
+    if embeddings.ndim > 2:
+        return {}
     some = embeddings.detach()[:: max(1, len(embeddings) // 512)]
     apart = torch.pdist(some).square().mul(-2).exp().mean().log() if len(some) > 1 else some.sum() * 0
     return {"alignment": (query - passage).detach().square().sum(1).mean(), "uniformity": apart}
@@ -176,14 +189,22 @@ def reference(output: Path) -> Iterator[Path]:
 
 
 def embed(model: Any, texts: Iterable[str], count: int, kind: str, max_length: int | None, path: Path) -> Tensor:
-    """(count, D) unit embeddings at the length used in training, kept on disk and mapped into memory."""
-    if parallel.rank() == 0:
-        with models.at_length(model, max_length), path.open("wb") as file, tqdm(total=count, desc=f"reference {kind}") as bar:
-            for window in batched(texts, search.WINDOW):
-                file.write(search.encode(model, window, kind).tobytes())
-                bar.update(len(window))
+    """(count, D) unit embeddings at the length used in training, or (count, tokens, D), 0 where a text
+    has no token; kept on disk and mapped into memory."""
+    shape = [count, model.get_embedding_dimension()]
+    with models.at_length(model, max_length):
+        if models.is_late(model):
+            shape.insert(1, models.longest(model, kind))
+        if parallel.rank() == 0:
+            array = np.lib.format.open_memmap(path, "w+", np.float32, tuple(shape))
+            with tqdm(total=count, desc=f"reference {kind}") as bar:
+                for window in batched(texts, search.WINDOW):
+                    for vectors in search.encode(model, window, kind):
+                        array[bar.n][: len(vectors)] = vectors  # the first tokens, or all of one vector
+                        bar.update()
+            array.flush()
     parallel.wait()
-    return torch.from_numpy(np.memmap(path, np.float32, "c", shape=(count, model.get_embedding_dimension())))
+    return torch.from_numpy(np.load(path, mmap_mode="c", allow_pickle=False))
 
 
 def batched(items: Iterable[str], size: int) -> Iterator[list[str]]:
@@ -245,8 +266,7 @@ def train(
     cuda = model.device.type == "cuda"
     bf16 = cuda and torch.cuda.is_bf16_supported()
     cached = args.mini_batch_size is not None
-    chunk = args.mini_batch_size or (GPU_CHUNK if cuda else CPU_CHUNK)
-    collate = Collator(model, sample, args.max_length or model.max_seq_length, chunk)
+    collate = Collator(model, sample, args.mini_batch_size, GPU_TOKENS if cuda else CPU_TOKENS)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0.0, fused=cuda)
     per_epoch = len(batches(0))
     total = math.ceil(args.epochs * per_epoch)
@@ -273,7 +293,7 @@ def train(
                 if step <= number < total:
                     yield number, rows
 
-    with Interrupt() as interrupt, ThreadPoolExecutor(1) as pool:
+    with models.at_length(model, args.max_length), Interrupt() as interrupt, ThreadPoolExecutor(1) as pool:
         ahead = ((step, pool.submit(collate, rows)) for step, rows in upcoming(state["step"]))
         waiting = next(ahead, None)
         while waiting:
@@ -287,12 +307,14 @@ def train(
                 loss, parts = backward(model, batch, function, args.seed * 1_000_003 + step, cached, bf16)
             except FloatingPointError as error:
                 bad = output.with_name(f"{output.name}.bad-batch.json")
-                jsonl.write_json(bad, {"step": step + 1, "query_ids": [names[row] for row in batch.rows]})
+                if first:
+                    jsonl.write_json(bad, {"step": step + 1, "query_ids": [names[row] for row in batch.rows]})
                 message = f"the loss is {error} at step {step + 1}; its queries are in {paths.shown(bad)}. Lower --lr"
                 raise Failed(message) from None
             except torch.OutOfMemoryError:
-                message = f"out of memory at step {step + 1} ({batch.texts} texts). Pass --mini-batch-size {max(1, chunk // 2)}"
-                raise Failed(f"{message}: the same gradients in less memory") from None
+                smaller = max(1, (args.mini_batch_size or 2 * batch.sizes[0]) // 2)
+                message = f"out of memory at step {step + 1} ({sum(batch.sizes)} texts)"
+                raise Failed(f"{message}. Pass --mini-batch-size {smaller}: the same loss in less memory") from None
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             done = step + 1
@@ -300,10 +322,11 @@ def train(
             if done % per_epoch == 0 or done == total:
                 journal.score(model, round(done / per_epoch, 4))
                 model.train()
-            if interrupt.received:
+            received = parallel.largest(interrupt.received or 0, model.device)
+            if received:
                 save(done)
                 message = f"stopped at step {done} of {total}; the same command with --resume goes on"
-                if interrupt.received == signal.SIGINT:
+                if received == signal.SIGINT:
                     stage.say(message)
                     raise KeyboardInterrupt
                 raise Failed(message)

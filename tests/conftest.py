@@ -149,3 +149,24 @@ def run(lab, run_script):
         return err if code else out
 
     return run
+
+
+@pytest.fixture(scope="session")
+def tiny_colbert(tiny_encoder, tmp_path_factory):
+    """The tiny encoder in the format of Stanford's ColBERT checkpoints: projection beside the weights of
+    the backbone, query expansion, markers, and lengths in `artifact.metadata`."""
+    import shutil
+
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    folder = tmp_path_factory.mktemp("colbert") / "tinycolbert"
+    shutil.copytree(tiny_encoder, folder)
+    config = json.loads((folder / "config.json").read_text()) | {"architectures": ["HF_ColBERT"]}
+    (folder / "config.json").write_text(json.dumps(config))
+    weights = {f"bert.{name}": tensor for name, tensor in load_file(folder / "model.safetensors").items()}
+    weights["linear.weight"] = torch.randn(16, 32, generator=torch.Generator().manual_seed(1)) * 0.2
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    settings = {"doc_maxlen": 48, "query_maxlen": 16, "mask_punctuation": True, "attend_to_mask_tokens": False}
+    (folder / "artifact.metadata").write_text(json.dumps(settings))
+    return folder

@@ -8,6 +8,7 @@ import torch
 
 import train_stage1
 import train_stage2
+from syntriever import models
 
 TAU = 0.05
 
@@ -242,7 +243,7 @@ def test_partial_plackett_luce_pulls_the_preferred_most_and_pushes_strangers():
         for kind in (1, 2):
             leaf = [t.clone().requires_grad_() for t in tensors]
             candidates = torch.cat(leaf[1:])
-            loss = train_stage2.plackett_luce_of(leaf[0], candidates, torch.tensor([[0, 0, 3]]), TAU)
+            loss = train_stage2.plackett_luce_of(models.similarity(leaf[0], candidates) / TAU, torch.tensor([[0, 0, 3]]))
             gradient = torch.autograd.grad(loss, leaf[kind])[0][row]
             gradients.append((row, kind, float(gradient @ tensors[0][0])))
     towards = {(row, kind): value for row, kind, value in gradients}
@@ -254,7 +255,7 @@ def test_bradley_terry_equals_the_formula():
     query, preferred, rejected = random_batch(4)[:3]
     expected = sum(math.log1p(math.exp(score(q, rejected[i]) - score(q, preferred[i]))) for i, q in enumerate(query)) / 4
     pairs = torch.arange(4)[:, None] + torch.tensor([0, 0, 4])
-    loss = train_stage2.bradley_terry_of(query, torch.cat([preferred, rejected]), pairs, TAU)
+    loss = train_stage2.bradley_terry_of(models.similarity(query, torch.cat([preferred, rejected])) / TAU, pairs)
     assert loss.item() == pytest.approx(expected, abs=1e-6)
 
 

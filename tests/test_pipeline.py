@@ -66,18 +66,17 @@ def test_batches_use_every_row_once_and_no_query_twice(sizes, batch):
 
 def test_collator_encodes_each_text_once_and_absent_ones_not_at_all(tiny_encoder):
     model = models.load(models.resolve(str(tiny_encoder), "tiny"), "cpu")
-    query = ("query: ", "what is a set")
+    query = ("query", "what is a set")
     samples = {
-        0: ([query, ("passage: ", "a finite container"), None], [1]),
+        0: ([query, ("document", "a finite container"), None], [1]),
         1: (
-            [query, ("passage: ", "a much longer text about something else altogether"), ("passage: ", "a finite container")],
+            [query, ("document", "a much longer text about something else altogether"), ("document", "a finite container")],
             [0],
         ),
     }
-    batch = training.Collator(model, samples.__getitem__, 32, 2)([0, 1])
+    batch = training.Collator(model, samples.__getitem__, 2)([0, 1])
     places, more = batch.labels.split([3, 1], dim=1)
-    assert [len(chunk["input_ids"]) for chunk in batch.chunks] == [2, 1]
-    assert batch.texts == 3
+    assert batch.sizes == [2, 1]
     assert more.flatten().tolist() == [1, 0]
     assert places[0, 2] == -1
     assert places[0, 0] == places[1, 0]

@@ -12,9 +12,9 @@ import time
 
 import pytest
 import torch
-from conftest import ROOT, fill_home, load_script
+from conftest import ROOT, fill_home, load_script, write_jsonl
 
-from syntriever import models, training
+from syntriever import models, search, training
 
 train_stage1, train_stage2 = load_script("train_stage1.py"), load_script("train_stage2.py")
 TAU = 0.05
@@ -37,10 +37,11 @@ def dropout_encoder(tiny_encoder, tmp_path_factory):
 def batch_of(model, docstrings, rows, chunk):
     def sample(row):
         _, query, passage = docstrings[row]
-        texts = [("query: ", query), ("passage: ", passage), None, ("passage: ", query), ("passage: ", passage[:40])]
+        texts = [("query", query), ("document", passage), None, ("document", query), ("document", passage[:40])]
         return texts, [1, row, row]
 
-    return training.Collator(model, sample, 32, chunk)(rows)
+    with models.at_length(model, 32):
+        return training.Collator(model, sample, chunk)(rows)
 
 
 def snn(args=("--no-mask-known-positives",)):
@@ -157,7 +158,8 @@ def test_lists_equal_the_pairwise_formula_over_the_same_candidates():
     for q, better, worse in pairs.tolist():
         rest = torch.cat([score[q, :better], score[q, better + 1 :]])
         expected += float(score[q].logsumexp(0) - score[q, better] + rest.logsumexp(0) - score[q, worse]) / len(pairs)
-    assert train_stage2.plackett_luce_of(query, candidates, pairs, TAU).item() == pytest.approx(expected, abs=1e-9)
+    scores = models.similarity(query, candidates) / TAU
+    assert train_stage2.plackett_luce_of(scores, pairs).item() == pytest.approx(expected, abs=1e-9)
 
 
 @pytest.mark.parametrize("beta", [0.0, 0.3])
@@ -177,8 +179,10 @@ def test_lists_encode_each_text_once(dropout_encoder):
     """Five passages and ten pairs of a query are six texts."""
     model = models.load(models.resolve(str(dropout_encoder), "tiny"), "cpu")
     pairs = [(a, b) for a in range(5) for b in range(a + 1, 5)]
-    collate = training.Collator(model, lambda row: ([("", "query"), *(("", f"passage {n}") for n in pairs[row])], []), 32, 16)
-    assert collate(list(range(10))).texts == 6
+    collate = training.Collator(
+        model, lambda row: ([("query", "query"), *(("document", f"passage {n}") for n in pairs[row])], []), 16
+    )
+    assert sum(collate(list(range(10))).sizes) == 6
 
 
 # --- checkpoints
@@ -283,3 +287,84 @@ def test_killed_twenty_times_ends_in_the_same_weights(two_homes, dropout_encoder
     assert in_save >= 5
     assert weights(killed) == weights(calm)
     assert not work.exists()
+
+
+# --- late interaction
+
+
+def test_mean_max_sim_equals_the_loop():
+    generator = torch.Generator().manual_seed(3)
+    lengths = [3, 5, 1], [4, 2, 6, 3]
+    ragged = [[torch.nn.functional.normalize(torch.randn(n, 8, generator=generator), dim=1) for n in side] for side in lengths]
+    queries, passages = (torch.nn.utils.rnn.pad_sequence(side, batch_first=True) for side in ragged)
+    expected = [[sum(float((p @ token).max()) for token in q) / len(q) for p in ragged[1]] for q in ragged[0]]
+    torch.testing.assert_close(models.similarity(queries, passages), torch.tensor(expected))
+    arrays = [[texts.numpy() for texts in side] for side in ragged]
+    torch.testing.assert_close(torch.from_numpy(search.similarity(*arrays)), torch.tensor(expected))
+
+
+@pytest.mark.parametrize("loss", ["snn", "cluster"])
+def test_gradient_caching_of_a_late_interaction_encoder(tiny_colbert, docstrings, loss):
+    model = models.load(models.resolve(str(tiny_colbert), "tiny"), "cpu").train()
+    found = []
+    for cached in (False, True):
+        batch = batch_of(model, docstrings, list(range(12)), 5)
+        value, _ = training.backward(model, batch, snn(["--loss", loss]), seed=3, cached=cached)
+        found.append((value, gradients(model)))
+    (plain, ours), (cached, theirs) = found
+    assert cached.item() == pytest.approx(plain.item(), abs=1e-6)
+    assert any(name.startswith("1.linear") for name in ours)
+    for name in ours:
+        torch.testing.assert_close(ours[name], theirs[name], rtol=0, atol=1e-5)
+
+
+def test_training_sees_the_vectors_that_the_library_encodes(tiny_colbert, docstrings):
+    """The tokens that count, the query expansion and the prefixes are those of sentence-transformers."""
+    model = models.load(models.resolve(str(tiny_colbert), "tiny"), "cpu").eval()
+    batch = batch_of(model, docstrings, [4, 7], 3)
+    seen = {}
+    training.backward(model, batch, lambda e, labels: (e.sum(), seen.update(e=e.detach(), labels=labels) or {}), 0)
+    with models.at_length(model, 32):
+        queries = search.encode(model, [docstrings[row][1] for row in (4, 7)], "query")
+        passages = search.encode(model, [docstrings[row][2] for row in (4, 7)], "document")
+    for row in (0, 1):
+        for place, vectors in ((seen["labels"][row, 0], queries[row]), (seen["labels"][row, 1], passages[row])):
+            made = seen["e"][place]
+            torch.testing.assert_close(made[made.abs().sum(1) > 0], torch.from_numpy(vectors), rtol=0, atol=1e-5)
+    assert len(queries[0]) == 16
+
+
+def test_late_interaction_through_both_stages(home, run_script, tiny_colbert):
+    from sentence_transformers import MultiVectorEncoder
+
+    common = ["--epochs", "1", "--batch-size", "8", "--lr", "1e-3"]
+    code, _, err = run_script("train_stage1.py", tiny_colbert, "tiny", "--name", "colbert", *common)
+    assert code == 0, err
+    code, _, err = run_script("retrieval.py", "colbert-sft", "tiny", "--top-k", "10")
+    assert code == 0, err
+    top = [json.loads(line) for line in (home / "stage2" / "colbert-sft_tiny_top10.jsonl").read_text().splitlines()]
+    folder = home / "output" / "colbert-sft-tiny"
+    model = MultiVectorEncoder(str(folder), device="cpu")
+    corpus = [json.loads(line) for line in (home / "datasets" / "tiny" / "corpus.jsonl").read_text().splitlines()]
+    documents = model.encode_document([row["text"] for row in corpus])
+    scores = model.similarity(model.encode_query([top[0]["query"]]), documents)[0] / 16
+    score_of = {row["_id"]: float(score) for row, score in zip(corpus, scores, strict=True)}
+    found = [p["score"] for p in top[0]["passages"]]
+    assert found == pytest.approx(scores.topk(10).values.tolist(), abs=1e-5)
+    assert found == pytest.approx([score_of[p["id"]] for p in top[0]["passages"]], abs=1e-5)
+
+    rows = [
+        {"query_id": row["query_id"], "preferred_id": a["id"], "rejected_id": b["id"]}
+        for row in top
+        for a, b in zip(row["passages"], row["passages"][1:3], strict=False)
+    ]
+    write_jsonl(home / "stage2" / "colbert-sft_tiny_preferences.jsonl", rows)
+    for batching in ("pairs", "lists"):
+        code, _, err = run_script("train_stage2.py", "colbert-sft", "tiny", "--batching", batching, *common)
+        assert code == 0, err
+    log = [json.loads(line) for line in (home / "output" / "colbert-final-tiny" / "log.jsonl").read_text().splitlines()]
+    assert log[0]["epoch"] == 0
+    assert [row for row in log if "kl" in row][-1]["kl"] > 0
+    code, out, err = run_script("evaluate.py", "colbert-sft", "colbert-final", "tiny", "--ks", "1,10")
+    assert code == 0, err
+    assert "colbert-final" in out
