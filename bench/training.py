@@ -168,7 +168,38 @@ def step(home: Path) -> dict[str, Any]:
         found = json.loads(done.stdout.splitlines()[-1])
         theirs.append(found["seconds"] / found["steps"])
         print(f"step: ours {ours[-1]:.2f} s, sentence-transformers {theirs[-1]:.2f} s", flush=True)
-    return {"ours_s": ours, "sentence_transformers_s": theirs, "ratio": min(theirs) / min(ours)}
+    share = flop_of_a_step(home) / min(ours) / matmul_peak()
+    print(f"step: {share:.0%} of the measured matmul peak (attention scores and padding not counted as work)", flush=True)
+    return {"ours_s": ours, "sentence_transformers_s": theirs, "ratio": min(theirs) / min(ours), "share_of_peak": share}
+
+
+def flop_of_a_step(home: Path) -> float:
+    """6 per parameter of the encoder's layers and token that is no padding."""
+    from syntriever import models
+
+    model: Any = models.load(models.resolve("minilm", "small"), "cpu", LENGTH)
+    corpus = {row["_id"]: row["text"] for row in jsonl.read(home / "datasets" / "small" / "corpus.jsonl")}
+    rows = list(jsonl.read(home / "datasets" / "small_synthetic.jsonl"))
+    texts = [row[name] for row in rows for name in ("query", "positive", "cot", "negative")]
+    texts += [corpus[row["query_id"].removeprefix("q-")] for row in rows]
+    tokens = sum(map(len, models.tokenize(model, [("document", text) for text in texts]))) / len(rows) * BATCH
+    return 6.0 * tokens * sum(parameter.numel() for parameter in model[0].auto_model.encoder.parameters())
+
+
+def matmul_peak() -> float:
+    """FLOP/s of a large matrix product, the best of ten: float32 on a CPU, bfloat16 on a GPU."""
+    import torch
+
+    cuda = torch.cuda.is_available()
+    size = 8192 if cuda else 2048
+    a = torch.randn(size, size, device="cuda" if cuda else "cpu", dtype=torch.bfloat16 if cuda else torch.float32)
+    best = float("inf")
+    for _ in range(10):
+        started = time.perf_counter()
+        b = a @ a
+        b.sum().item()  # waits for the GPU
+        best = min(best, time.perf_counter() - started)
+    return 2 * size**3 / best
 
 
 def lists(home: Path) -> dict[str, Any]:

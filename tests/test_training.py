@@ -13,8 +13,9 @@ import time
 import pytest
 import torch
 from conftest import ROOT, fill_home, load_script, write_jsonl
+from safetensors.torch import load_file
 
-from syntriever import models, search, training
+from syntriever import journal, models, search, training
 
 train_stage1, train_stage2 = load_script("train_stage1.py"), load_script("train_stage2.py")
 TAU = 0.05
@@ -287,6 +288,139 @@ def test_killed_twenty_times_ends_in_the_same_weights(two_homes, dropout_encoder
     assert in_save >= 5
     assert weights(killed) == weights(calm)
     assert not work.exists()
+
+
+@pytest.fixture
+def interrupt(monkeypatch):
+    """interrupt(step, signal): this process gets the signal when that step is done; None takes it back."""
+    real = journal.Journal.step
+
+    def interrupt(at, number=signal.SIGTERM):
+        def step(self, done, *rest):
+            real(self, done, *rest)
+            if done == at:
+                os.kill(os.getpid(), number)
+
+        monkeypatch.setattr(journal.Journal, "step", step)
+
+    return interrupt
+
+
+def digest(folder):
+    return hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
+
+
+SHORT = ["--epochs", "2", "--batch-size", "6", "--max-length", "32", "--dev-pool", "5", "--lr", "1e-3"]
+
+
+def test_sigterm_saves_and_resume_goes_on(home, dropout_encoder, run_script, interrupt):
+    output, work = home / "output" / "e5-small-tiny-sft-tiny", home / "output" / ".e5-small-tiny-sft-tiny.tmp"
+    command = ["train_stage1.py", dropout_encoder, "tiny", *SHORT]
+    assert run_script(*command)[0] == 0
+    calm = digest(output)
+    log = [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
+    interrupt(5)
+    code, _, err = run_script(*command)
+    assert code == 1
+    assert "stopped at step 5 of 12; the same command with --resume goes on" in err
+    assert digest(output) == calm  # the old output stays until the new one is complete
+    assert [p.name for p in work.glob("checkpoint-*")] == ["checkpoint-5"]
+
+    code, _, err = run_script(*command, "--resume", "--temperature", "0.1")
+    assert code == 2
+    assert "temperature was 0.05 and is now 0.1" in err
+    synthetic = home / "datasets" / "tiny_synthetic.jsonl"
+    rows = synthetic.read_bytes()
+    synthetic.write_bytes(rows[: rows.rindex(b"{")])
+    code, _, err = run_script(*command, "--resume")
+    assert code == 2
+    assert "datasets/tiny_synthetic.jsonl was" in err
+    synthetic.write_bytes(rows)
+
+    interrupt(9, signal.SIGINT)
+    code, out, _ = run_script(*command, "--resume", "--save-minutes", "60")
+    assert code == 130
+    assert "resume from step 5 of 12" in out
+    interrupt(None)
+    assert run_script(*command, "--resume")[0] == 0
+    assert digest(output) == calm
+    again = [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
+    assert [{**row, "seconds": 0} for row in again] == [{**row, "seconds": 0} for row in log]
+    assert not work.exists()
+
+
+def test_torn_checkpoints_are_passed_over(home, dropout_encoder, run_script, interrupt):
+    output, work = home / "output" / "e5-small-tiny-sft-tiny", home / "output" / ".e5-small-tiny-sft-tiny.tmp"
+    command = ["train_stage1.py", dropout_encoder, "tiny", *SHORT]
+    assert run_script(*command)[0] == 0
+    calm = digest(output)
+    interrupt(5)
+    assert run_script(*command)[0] == 1
+    shutil.copytree(work / "checkpoint-5", work / "checkpoint-7")
+    tensors = work / "checkpoint-7" / "state.safetensors"
+    data = bytearray(tensors.read_bytes())
+    data[-1] ^= 1
+    tensors.write_bytes(data)
+    (work / "checkpoint-8").mkdir()
+    (work / "checkpoint-8" / "state.json").write_text('{"step": 8')
+    interrupt(None)
+    code, out, err = run_script(*command, "--resume")
+    assert code == 0, err
+    assert [f"checkpoint-{n} is torn; it is passed over" in out for n in (8, 7)] == [True, True]
+    assert "resume from step 5 of 12" in out
+    assert digest(output) == calm
+
+
+def test_resume_without_an_interrupted_run_starts_from_the_beginning(home, dropout_encoder, run_script, interrupt):
+    command = ["train_stage1.py", dropout_encoder, "tiny", *SHORT]
+    code, out, _ = run_script(*command, "--resume")
+    assert code == 0
+    assert "no interrupted run" in out
+    interrupt(5)
+    assert run_script(*command)[0] == 1
+    interrupt(None)
+    code, out, _ = run_script(*command)
+    assert code == 0
+    assert "--resume would go on with it, this starts anew" in out
+
+
+@pytest.mark.parametrize("batching", ["pairs", "lists"])
+def test_stage2_resumes_to_the_same_weights(home, docstrings, dropout_encoder, run_script, interrupt, batching):
+    train = docstrings[:36]
+    rows = [
+        {"query_id": f"q-{train[n][0]}", "preferred_id": train[n][0], "rejected_id": train[(n + d) % 36][0]}
+        for n in range(36)
+        for d in (1, 2)
+    ]
+    write_jsonl(home / "stage2" / "own.jsonl", rows)
+    given = ["--preferences", home / "stage2" / "own.jsonl", "--name", "own", "--batching", batching]
+    command = ["train_stage2.py", dropout_encoder, "tiny", *SHORT, *given]
+    assert run_script(*command)[0] == 0
+    output = home / "output" / "own-final-tiny"
+    calm = digest(output)
+    interrupt(4)
+    code, _, err = run_script(*command)
+    assert (code, "stopped at step 4" in err) == (1, True)
+    assert not list((home / "output").glob(".*.reference"))
+    interrupt(None)
+    assert run_script(*command, "--resume")[0] == 0
+    assert digest(output) == calm
+
+
+def test_two_processes_train_the_weights_of_one(two_homes, dropout_encoder):
+    """The real command under torchrun: one checkpoint, the same weights to rounding."""
+    alone, both = two_homes
+    script = [str(ROOT / "train_stage1.py"), str(dropout_encoder), *OPTIONS]
+    launch = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
+    found = []
+    for home, command in ((alone, script), (both, [*launch, *script])):
+        env = {**os.environ, "SYNTRIEVER_HOME": str(home), "OMP_NUM_THREADS": "1"}
+        done = subprocess.run([sys.executable, *command], env=env, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert done.stdout.count("next:  python retrieval.py") == 1
+        found.append(load_file(home / "output" / "e5-small-tiny-sft-tiny" / "model.safetensors"))
+    for name, tensor in found[0].items():
+        torch.testing.assert_close(found[1][name], tensor, rtol=0, atol=2e-5)
 
 
 # --- late interaction
