@@ -118,9 +118,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def make_loss(args: argparse.Namespace, ref_queries: Tensor, ref_passages: Tensor) -> LossFunction:
+def make_loss(args: argparse.Namespace, reference: tuple[Tensor, Tensor] | None) -> LossFunction:
     """Loss of (texts, D) embeddings and (P, 6) labels: places of query, preferred and rejected among
-    the texts, and their rows among the reference embeddings."""
+    the texts, and their rows among the `reference` embeddings of queries and passages (None: no KL)."""
     import torch
 
     from syntriever import training
@@ -138,9 +138,9 @@ def make_loss(args: argparse.Namespace, ref_queries: Tensor, ref_passages: Tenso
         preference = LOSSES[args.loss](scores, pairs)
         parts = {"preference": preference, "preference_accuracy": (margins(scores, pairs) > 0).float().mean()}
         parts |= training.spread(embeddings, query[pairs[:, 0]], passage[pairs[:, 1]])
-        if not args.beta:
+        if reference is None:
             return preference, parts
-        known = (ref[at[:, 1].cpu()].to(query.device) for ref, at in ((ref_queries, queries), (ref_passages, candidates)))
+        known = (ref[at[:, 1].cpu()].to(query.device) for ref, at in zip(reference, (queries, candidates), strict=True))
         kl = kl_of(scores, models.similarity(*known) / args.temperature)
         return preference + args.beta * kl, {**parts, "kl": kl}
 
@@ -198,11 +198,14 @@ def main(args: argparse.Namespace) -> None:
 
         model = models.load(ref, device)
         with training.reference(output) as folder:
-            # The model is still the stage-1 model here: its embeddings are all the KL term needs of it.
-            known, texts = [queries[query] for query in query_ids], map(corpus.text, positions)
-            queries_at, passages_at = folder / "queries.npy", folder / "passages.npy"
-            ref_queries = training.embed(model, known, len(known), "query", args.max_length, queries_at)
-            ref_passages = training.embed(model, texts, len(positions), "document", args.max_length, passages_at)
+            reference = None
+            if args.beta:
+                # The model is still the stage-1 model here: its embeddings are all the KL term needs of it.
+                known, texts = (queries[query] for query in query_ids), map(corpus.text, positions)
+                reference = (
+                    training.embed(model, known, len(query_ids), "query", args.max_length, folder / "queries.npy"),
+                    training.embed(model, texts, len(positions), "document", args.max_length, folder / "passages.npy"),
+                )
             query_row, passage_row = ({key: row for row, key in enumerate(keys)} for keys in (query_ids, positions))
 
             def sample(number: int) -> Row:
@@ -216,7 +219,7 @@ def main(args: argparse.Namespace) -> None:
 
             dev = journal.dev_score(args.dataset, corpus, args)
             title = f"{output.name}: stage 2, --loss {args.loss}, --beta {args.beta:g}"
-            loss = make_loss(args, ref_queries, ref_passages)
+            loss = make_loss(args, reference)
             training.train(model, loss, sample, batches, names, dev, args, output, record, resume, title)
     before = [args.model.removesuffix("-sft"), args.model] if models.is_own(args.model) else [ref.name]
     stage.next_command(f"python evaluate.py bm25 {' '.join(before)} {final} {args.dataset}")

@@ -229,7 +229,9 @@ def add_training_options(parser: argparse.ArgumentParser, *, epochs: float, batc
     """Options of both training stages."""
     group = parser.add_argument_group("training")
     group.add_argument("--epochs", type=float, default=epochs, help="passes over the rows (default: %(default)s)")
-    group.add_argument("--batch-size", type=int, default=batch_size, help="rows per step (default: %(default)s)")
+    group.add_argument(
+        "--batch-size", type=int, default=batch_size, help="rows per step, of all processes together (default: %(default)s)"
+    )
     group.add_argument("--lr", type=float, default=lr, help="peak learning rate of AdamW (default: %(default)s)")
     group.add_argument(
         "--warmup", type=float, default=0.1, help="share of the steps with rising learning rate (default: %(default)s)"
