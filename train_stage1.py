@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from syntriever import beir, checkpoint, jsonl, models, parallel, paths, stage
@@ -269,53 +270,56 @@ def main(args: argparse.Namespace) -> None:
     if used and not source.is_file():
         raise BadInput(f"{paths.shown(source)} is not there. {remedy}")
     beir.ensure(args.dataset)
-    stage.check_fresh([source] if used else [], args.force)
+    output = paths.model_output(f"{ref.name}-sft-{args.dataset}")
+    with jsonl.lock(output):
+        train(args, ref, source if used else None, output)
+    stage.next_command(f"python retrieval.py {ref.name}-sft {args.dataset}")
+
+
+def train(args: argparse.Namespace, ref: models.ModelRef, source: Path | None, output: Path) -> None:
+    """Train `ref` on the dataset and the synthetic texts of `source` (None: gold passages alone)."""
+    stage.check_fresh([source] if source else [], args.force)
     record = stage.Record(args)
     corpus = beir.Corpus(args.dataset)
     queries, qrels = beir.load_split(args.dataset, "train", corpus, args.strict)
     rows = training_rows(qrels, corpus)
     if not rows:
         raise BadInput(f"{paths.shown(paths.qrels(args.dataset, 'train'))}: no judgement of at least 1 to train on")
-    synthetic = jsonl.Table(source, "query_id", SYNTHETIC) if used else None
-    if synthetic is not None and not len(synthetic):
+    synthetic = jsonl.Table(source, "query_id", SYNTHETIC) if source else None
+    if source and synthetic is not None and not len(synthetic):
         raise BadInput(
             f"{paths.shown(source)} is empty. Run: python datasets/parse_synthetic.py {args.dataset}   (or --no-synthetic)"
         )
-    record.reads(
-        paths.corpus(args.dataset), paths.queries(args.dataset), paths.qrels(args.dataset, "train"), *([source] if used else [])
-    )
+    record.reads(*beir.files(args.dataset, "train", "dev"), *([source] if source else []), *ref.weights)
     complete = sum(query in synthetic for query, _ in rows) if synthetic else 0
     stage.say(
         f"read   {len(rows)} training rows of {args.dataset}, {complete} of them with synthetic texts beside the gold passage"
     )
 
-    output = paths.model_output(f"{ref.name}-sft-{args.dataset}")
-    with jsonl.lock(output):
-        resume = checkpoint.find(output, record, args)
-        device = parallel.start() or args.device
-        from syntriever import journal, training
+    resume = checkpoint.find(output, record, args)
+    device = parallel.start(args.device)
+    from syntriever import journal, training
 
-        model = models.load(ref, device)
-        names = [query for query, _ in rows]
-        numbers = {query: number for number, query in enumerate(dict.fromkeys(names))}
-        relevant: list[set[int]] = [set() for _ in numbers]
-        for query, position in rows:
-            relevant[numbers[query]].add(position)
+    model = models.load(ref, device)
+    names = [query for query, _ in rows]
+    numbers = {query: number for number, query in enumerate(dict.fromkeys(names))}
+    relevant: list[set[int]] = [set() for _ in numbers]
+    for query, position in rows:
+        relevant[numbers[query]].add(position)
 
-        def sample(number: int) -> Row:
-            query, position = rows[number]
-            texts, verified = synthetic_texts(synthetic.get(query) if synthetic else None, args)
-            passages = [("document", text) if text is not None else None for text in (corpus.text(position), *texts)]
-            return [("query", queries[query]), *passages], [verified, numbers[query], position]
+    def sample(number: int) -> Row:
+        query, position = rows[number]
+        texts, verified = synthetic_texts(synthetic.get(query) if synthetic else None, args)
+        passages = [("document", text) if text is not None else None for text in (corpus.text(position), *texts)]
+        return [("query", queries[query]), *passages], [verified, numbers[query], position]
 
-        def batches(epoch: int) -> list[list[int]]:
-            together = 1 if args.no_mask_known_positives else GOLDS_TOGETHER
-            return training.deal(names, args.batch_size, args.seed, epoch, together)
+    def batches(epoch: int) -> list[list[int]]:
+        together = 1 if args.no_mask_known_positives else GOLDS_TOGETHER
+        return training.deal(names, args.batch_size, args.seed, epoch, together)
 
-        dev = journal.dev_score(args.dataset, corpus, args)
-        title = f"{ref.name}-sft-{args.dataset}: stage 1, --loss {args.loss}"
-        training.train(model, make_loss(args, relevant), sample, batches, names, dev, args, output, record, resume, title)
-    stage.next_command(f"python retrieval.py {ref.name}-sft {args.dataset}")
+    dev = journal.dev_score(args.dataset, corpus, args)
+    title = f"{ref.name}-sft-{args.dataset}: stage 1, --loss {args.loss}"
+    training.train(model, make_loss(args, relevant), sample, batches, names, dev, args, output, record, resume, title)
 
 
 if __name__ == "__main__":

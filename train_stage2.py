@@ -176,12 +176,22 @@ def main(args: argparse.Namespace) -> None:
             f"{paths.shown(source)} is not there. Run: python stage2/parse_comparison.py {args.dataset} --model {ref.name}"
         )
     beir.ensure(args.dataset)
+    final = f"{ref.name.removesuffix('-sft')}-final"
+    output = paths.model_output(f"{final}-{args.dataset}")
+    with jsonl.lock(output):
+        train(args, ref, source, output)
+    before = [args.model.removesuffix("-sft"), args.model] if models.is_own(args.model) else [ref.name]
+    stage.next_command(f"python evaluate.py bm25 {' '.join(before)} {final} {args.dataset}")
+
+
+def train(args: argparse.Namespace, ref: models.ModelRef, source: Path, output: Path) -> None:
+    """Train `ref` on the preferences of `source`."""
     stage.check_fresh([source, *ref.weights], args.force)
     corpus = beir.Corpus(args.dataset)
     queries, _ = beir.load_split(args.dataset, "train", corpus, args.strict)
     pairs = load_pairs(args.dataset, source, queries, corpus)
     record = stage.Record(args)
-    record.reads(corpus.path, paths.queries(args.dataset), paths.qrels(args.dataset, "train"), source, *ref.weights)
+    record.reads(*beir.files(args.dataset, "train", "dev"), source, *ref.weights)
     names = [query for query, _, _ in pairs]
     query_ids = list(dict.fromkeys(names))
     positions = list(dict.fromkeys(position for _, *both in pairs for position in both))
@@ -189,40 +199,35 @@ def main(args: argparse.Namespace) -> None:
         f"read   {len(pairs):,} preferences for {len(query_ids):,} queries, over {len(positions):,} passages of {args.dataset}"
     )
 
-    final = f"{ref.name.removesuffix('-sft')}-final"
-    output = paths.model_output(f"{final}-{args.dataset}")
-    with jsonl.lock(output):
-        resume = checkpoint.find(output, record, args)
-        device = parallel.start() or args.device
-        from syntriever import journal, training
+    resume = checkpoint.find(output, record, args)
+    device = parallel.start(args.device)
+    from syntriever import journal, training
 
-        model = models.load(ref, device)
-        with training.reference(output) as folder:
-            reference = None
-            if args.beta:
-                # The model is still the stage-1 model here: its embeddings are all the KL term needs of it.
-                known, texts = (queries[query] for query in query_ids), map(corpus.text, positions)
-                reference = (
-                    training.embed(model, known, len(query_ids), "query", args.max_length, folder / "queries.npy"),
-                    training.embed(model, texts, len(positions), "document", args.max_length, folder / "passages.npy"),
-                )
-            query_row, passage_row = ({key: row for row, key in enumerate(keys)} for keys in (query_ids, positions))
+    model = models.load(ref, device)
+    with training.reference(output) as folder:
+        reference = None
+        if args.beta:
+            # The model is still the stage-1 model here: its embeddings are all the KL term needs of it.
+            known, texts = (queries[query] for query in query_ids), map(corpus.text, positions)
+            reference = (
+                training.embed(model, known, len(query_ids), "query", args.max_length, folder / "queries.npy"),
+                training.embed(model, texts, len(positions), "document", args.max_length, folder / "passages.npy"),
+            )
+        query_row, passage_row = ({key: row for row, key in enumerate(keys)} for keys in (query_ids, positions))
 
-            def sample(number: int) -> Row:
-                query, better, worse = pairs[number]
-                texts = [("query", queries[query]), *(("document", corpus.text(p)) for p in (better, worse))]
-                return texts, [query_row[query], passage_row[better], passage_row[worse]]
+        def sample(number: int) -> Row:
+            query, better, worse = pairs[number]
+            texts = [("query", queries[query]), *(("document", corpus.text(p)) for p in (better, worse))]
+            return texts, [query_row[query], passage_row[better], passage_row[worse]]
 
-            def batches(epoch: int) -> list[list[int]]:
-                together = 1 if args.batching == "pairs" else len(pairs)
-                return training.deal(names, args.batch_size, args.seed, epoch, together)
+        def batches(epoch: int) -> list[list[int]]:
+            together = 1 if args.batching == "pairs" else len(pairs)
+            return training.deal(names, args.batch_size, args.seed, epoch, together)
 
-            dev = journal.dev_score(args.dataset, corpus, args)
-            title = f"{output.name}: stage 2, --loss {args.loss}, --beta {args.beta:g}"
-            loss = make_loss(args, reference)
-            training.train(model, loss, sample, batches, names, dev, args, output, record, resume, title)
-    before = [args.model.removesuffix("-sft"), args.model] if models.is_own(args.model) else [ref.name]
-    stage.next_command(f"python evaluate.py bm25 {' '.join(before)} {final} {args.dataset}")
+        dev = journal.dev_score(args.dataset, corpus, args)
+        title = f"{output.name}: stage 2, --loss {args.loss}, --beta {args.beta:g}"
+        loss = make_loss(args, reference)
+        training.train(model, loss, sample, batches, names, dev, args, output, record, resume, title)
 
 
 if __name__ == "__main__":

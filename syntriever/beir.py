@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from syntriever import jsonl, paths
+from syntriever import jsonl, parallel, paths
 from syntriever.errors import BadInput, Failed
 
 URL = "https://public.ukp.informatik.tu-darmstadt.de/thakur/BEIR/datasets/{}.zip"
@@ -52,6 +52,11 @@ def is_dataset(name: str) -> bool:
     return name in ARCHIVES or name == "pydocs" or paths.corpus(name).is_file()
 
 
+def files(ds: str, *splits: str) -> list[Path]:
+    """What a stage reads of a dataset: corpus, queries, and the judgements of the splits that are there."""
+    return [paths.corpus(ds), paths.queries(ds), *(path for split in splits if (path := paths.qrels(ds, split)).is_file())]
+
+
 def ensure(ds: str, fetch: bool = True) -> None:
     """Make sure that `datasets/<ds>/` is there; a BEIR dataset is downloaded on first use, unless
     `fetch` is off: then only its name is checked."""
@@ -63,6 +68,8 @@ def ensure(ds: str, fetch: bool = True) -> None:
     elif ds == "pydocs":
         raise BadInput("datasets/pydocs is not built yet. Run: python datasets/build_pydocs.py")
     elif ds in ARCHIVES:
+        if fetch and parallel.world() > 1:
+            raise BadInput(f"datasets/{ds} is not here yet: run any stage of it once without torchrun, which downloads it")
         if fetch:
             download(ds, URL.format(ds), ARCHIVES[ds])
     else:

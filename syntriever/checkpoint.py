@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from syntriever import jsonl, paths, stage
+from syntriever import jsonl, parallel, paths, stage
 from syntriever.errors import BadInput
 
 if TYPE_CHECKING:
@@ -49,7 +49,12 @@ def latest(work: Path, settings: dict[str, Any]) -> Path | None:
 
 def find(output: Path, record: stage.Record, args: Any) -> Path | None:
     """With `--resume` the checkpoint of the interrupted run of `output` to go on from, if there is one."""
-    work = output.with_name(f".{output.name}.tmp")
+    work, old = output.with_name(f".{output.name}.tmp"), output.with_name(f".{output.name}.old")
+    if parallel.rank() == 0:
+        if old.is_dir() and not output.exists():
+            old.rename(output)  # killed in the middle of `swap`
+        for left in work.glob(".*"):  # temporary files of a killed run
+            shutil.rmtree(left) if left.is_dir() else left.unlink()
     if args.resume:
         found = latest(work, settings_of(record))
         if found is None:
@@ -60,12 +65,24 @@ def find(output: Path, record: stage.Record, args: Any) -> Path | None:
     return None
 
 
+def swap(work: Path, output: Path) -> None:
+    """Put the finished checkpoint at `output`. What a resumed run needs goes last."""
+    old = output.with_name(f".{output.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if output.is_dir():
+        output.rename(old)
+    work.rename(output)
+    for left in (*output.glob("checkpoint-*"), *output.glob("best-*.safetensors")):
+        shutil.rmtree(left) if left.is_dir() else left.unlink()
+    shutil.rmtree(old, ignore_errors=True)
+
+
 def save(work: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
     """Write `checkpoint-<step>` and then remove the older ones. It appears under its name only when
     all of it is on disk; `state.json` has the hash of the tensors."""
     from safetensors.torch import save as serialize
 
-    tensors = {f"model.{name}": value for name, value in model.state_dict().items()}
+    tensors = {f"model.{name}": value.clone() for name, value in model.state_dict().items()}
     for number, parameter in enumerate(_parameters(optimizer)):
         for name, value in optimizer.state[parameter].items():
             tensors[f"optimizer.{number}.{name}"] = value

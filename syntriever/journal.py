@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import random
 import time
@@ -20,6 +19,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from syntriever import beir, jsonl, metrics, models, parallel, paths, search, stage
+from syntriever.errors import Failed
 
 
 class DevScore:
@@ -56,7 +56,7 @@ def dev_score(ds: str, corpus: beir.Corpus, args: argparse.Namespace) -> DevScor
 
 
 class Journal:
-    """Progress bar, `log.jsonl`, TensorBoard, and the best weights on dev (`best.safetensors`)."""
+    """Progress bar, `log.jsonl`, TensorBoard, and the best weights on dev (`best-<epoch>.safetensors`)."""
 
     def __init__(self, work: Path, dev: DevScore | None, total: int, every: int, state: dict[str, Any] | None) -> None:
         self.dev, self.work, self.every = dev, work, every
@@ -66,20 +66,25 @@ class Journal:
         if state:
             self.best, self.best_epoch, seconds = state["best"], state["best_epoch"], state["seconds"]
             if self.talks:
-                os.truncate(self.log, state["log_bytes"])  # what came after the checkpoint comes again
+                with self.log.open("ab") as file:
+                    file.truncate(state["log_bytes"])  # what came after the checkpoint comes again
                 self.rows = list(jsonl.read(self.log))
-        self.parts: dict[str, list[Tensor]] = defaultdict(list)
+        parts = state["parts"] if state else {}
+        self.parts = defaultdict(list, {name: list(map(torch.tensor, values)) for name, values in parts.items()})
         self.started = time.monotonic() - seconds
         self._saved = time.monotonic()
-        at = state["step"] if state else 0
+        at, self.total = state["step"] if state else 0, total
         self.bar = tqdm(total=total, initial=at, unit="step", desc="train", disable=not self.talks)
-        self.board = SummaryWriter(str(work / "tensorboard")) if self.talks else None
+        self.board = SummaryWriter(str(work / "tensorboard"), purge_step=at + 1 if at else None) if self.talks else None
 
-    def state(self) -> dict[str, Any]:
+    def state(self, step: int) -> dict[str, Any]:
         """What `state` of a resumed run needs."""
-        size = self.log.stat().st_size if self.log.is_file() else 0
+        with self.log.open("ab") as file:  # on disk before the checkpoint that counts on it
+            os.fsync(file.fileno())
+            size = file.tell()
         best = {"best": self.best, "best_epoch": self.best_epoch}
-        return {**best, "step": self.bar.n, "log_bytes": size, "seconds": time.monotonic() - self.started}
+        parts = {name: [float(value) for value in values] for name, values in self.parts.items()}
+        return {**best, "step": step, "log_bytes": size, "parts": parts, "seconds": time.monotonic() - self.started}
 
     def add(self, step: int, row: dict[str, Any]) -> None:
         for name, value in row.items():
@@ -87,24 +92,30 @@ class Journal:
                 self.board.add_scalar(name, value, step)
         row["seconds"] = round(time.monotonic() - self.started, 1)
         self.rows.append(row)
-        with self.log.open("a") as file:
-            file.write(json.dumps(row) + "\n")
+        try:
+            with self.log.open("ab") as file:
+                file.write(jsonl.dumps(row))
+        except OSError as error:
+            raise Failed(f"cannot write {paths.shown(self.log)}: {error.strerror}") from error
 
-    def score(self, model: Any, epoch: float) -> None:
-        """Score the model on dev, and keep its weights where they are the best so far."""
-        if self.dev is None or not self.talks:
+    def score(self, model: Any, step: int, epoch: float) -> None:
+        """Score the model on dev, once an epoch, and keep its weights where they are the best so far."""
+        if self.dev is None or not self.talks or any(row["epoch"] == epoch for row in self.rows if "dev_ndcg@10" in row):
             return
         value = self.dev(model)
-        self.add(self.bar.n, {"epoch": epoch, "dev_ndcg@10": value})
+        self.add(step, {"epoch": epoch, "dev_ndcg@10": value})
         tqdm.write(f"       epoch {epoch:g}: dev nDCG@10 {value:.4f}" + ("" if epoch else " (before training)"))
         if epoch and value > self.best:
             self.best, self.best_epoch = value, epoch
-            with jsonl.atomic(self.work / "best.safetensors") as file:
+            with jsonl.atomic(self._best_file()) as file:
                 file.write(serialize({name: tensor.cpu().contiguous() for name, tensor in model.state_dict().items()}))
+
+    def _best_file(self) -> Path:
+        return self.work / f"best-{self.best_epoch:g}.safetensors"
 
     def restore_best(self, model: Any) -> None:
         if self.best_epoch:
-            model.load_state_dict(load_file(self.work / "best.safetensors"))
+            model.load_state_dict(load_file(self._best_file()))
             stage.say(f"best   epoch {self.best_epoch:g} with dev nDCG@10 {self.best:.4f}")
 
     def step(self, done: int, epoch: float, parts: dict[str, Tensor], rate: float, norm: Tensor) -> None:
@@ -112,8 +123,8 @@ class Journal:
         self.bar.update()
         for name, value in parts.items():
             self.parts[name].append(value)
-        if done % self.every == 0 or done == self.bar.total:
-            means = {name: float(torch.stack(values).mean()) for name, values in self.parts.items()}
+        if done % self.every == 0 or done == self.total:
+            means = {name: sum(map(float, values)) / len(values) for name, values in self.parts.items()}
             self.parts.clear()
             if self.talks:
                 loss = means.pop("loss")
@@ -123,6 +134,8 @@ class Journal:
 
     def saved(self) -> None:
         self._saved = time.monotonic()
+        for old in set(self.work.glob("best-*.safetensors")) - {self._best_file()}:
+            old.unlink()
 
     def minutes_since_save(self) -> float:
         return (time.monotonic() - self._saved) / 60
@@ -133,14 +146,15 @@ class Journal:
             self.board.close()
 
 
-def card(title: str, args: argparse.Namespace, journal: Journal) -> str:
+def card(title: str, args: argparse.Namespace, journal: Journal, late: bool) -> str:
     """Model card: what it is, how it was made, how it is used."""
     dev = f"\nBest epoch {journal.best_epoch:g}, dev nDCG@10 {journal.best:.4f}.\n" if journal.best_epoch else ""
+    kind = "MultiVectorEncoder" if late else "SentenceTransformer"
     options = "\n".join(f"| {name} | {value} |" for name, value in sorted(vars(args).items()))
     return (
         "---\nlibrary_name: sentence-transformers\npipeline_tag: sentence-similarity\ntags: [dense-retrieval, syntriever]\n---\n"
-        f"# {title}\n{dev}\n```python\nfrom sentence_transformers import SentenceTransformer\n\n"
-        'model = SentenceTransformer("path/to/this/folder")\n'
+        f"# {title}\n{dev}\n```python\nfrom sentence_transformers import {kind}\n\n"
+        f'model = {kind}("path/to/this/folder")\n'
         'scores = model.similarity(model.encode_query(["..."]), model.encode_document(["..."]))\n```\n\n'
         f"| option | value |\n|---|---|\n{options}\n"
     )

@@ -141,21 +141,25 @@ def load(ref: ModelRef, device: str | None = None, max_length: int | None = None
     try:
         kind: Any = MultiVectorEncoder if ref.late else SentenceTransformer
         model = kind(ref.where, device=device, trust_remote_code=False, model_kwargs={"use_safetensors": True})
-    except (OSError, ValueError) as error:
-        first = str(error).strip().splitlines()[0]
-        raise BadInput(f"cannot load {ref.name} from {ref.where}: {first}") from error
+    except (OSError, ValueError, RuntimeError, AssertionError) as error:  # the last two: of --device
+        first = (str(error).strip() or repr(error)).splitlines()[0]
+        raise BadInput(f"cannot load {ref.name} from {ref.where} to {device or 'the default device'}: {first}") from error
     if not ref.late and not any(isinstance(module, Normalize) for module in model):
         model.append(Normalize())
     query, passage = ref.prefixes or (model.prompts.get("query") or "", model.prompts.get("document") or "")
     model.prompts = {"query": query, "document": passage}
     if max_length:
-        limit = getattr(model[0].auto_model.config, "max_position_embeddings", max_length)
-        if max_length > limit:
-            raise BadInput(f"--max-length {max_length}: {ref.name} reads at most {limit} tokens")
-        model.max_seq_length = max_length
-        if model[0].document_length:
-            model[0].document_length = max_length
+        _set_length(model, max_length)
     return model
+
+
+def _set_length(model: Any, max_length: int) -> None:
+    limit = getattr(model[0].auto_model.config, "max_position_embeddings", max_length)
+    if max_length > limit:
+        raise BadInput(f"--max-length {max_length}: this encoder reads at most {limit} tokens")
+    model.max_seq_length = max_length
+    if model[0].document_length:
+        model[0].document_length = max_length
 
 
 @contextmanager
@@ -164,8 +168,7 @@ def at_length(model: Any, max_length: int | None) -> Iterator[None]:
     encoder that pads its queries goes on to do so."""
     own, own_document = model.max_seq_length, model[0].document_length
     if max_length:
-        model.max_seq_length = max_length
-        model[0].document_length = max_length if own_document else None
+        _set_length(model, max_length)
     try:
         yield
     finally:
@@ -218,8 +221,13 @@ def similarity(queries: Tensor, passages: Tensor) -> Tensor:
         return normalize(queries, dim=1) @ normalize(passages, dim=1).T
     from sentence_transformers.util.similarity import maxsim
 
-    query_tokens, passage_tokens = (texts.detach().abs().sum(2) > 0 for texts in (queries, passages))
-    return maxsim(queries, passages, query_tokens, passage_tokens, length_normalize=True)
+    masks = [texts.detach().abs().sum(2) > 0 for texts in (queries, passages)]
+    # Both may be padded to the longest text of the batch, which is a passage.
+    ends = [int(mask.any(0).nonzero().max()) + 1 for mask in masks]
+    (queries, query_mask), (passages, mask) = (
+        (texts[:, :end], mask[:, :end]) for texts, mask, end in zip((queries, passages), masks, ends, strict=True)
+    )
+    return maxsim(queries, passages, query_mask, mask, length_normalize=True)
 
 
 def fingerprint(model: Any) -> str:

@@ -19,14 +19,14 @@ def world() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def start() -> str | None:
-    """Join the other processes of `torchrun`; the device of this one, None where it is alone."""
+def start(device: str | None) -> str | None:
+    """Join the other processes of `torchrun`; the device of this one, where `device` was asked for."""
     if world() == 1:
-        return None
+        return device
     import torch
     from torch import distributed
 
-    cuda = torch.cuda.is_available()
+    cuda = torch.cuda.is_available() and device != "cpu"
     if not distributed.is_initialized():
         # The others wait while process 0 scores the dev split or embeds the reference.
         distributed.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(hours=6))

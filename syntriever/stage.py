@@ -48,8 +48,8 @@ def run(main: Callable[[argparse.Namespace], None], parse_args: Callable[[], arg
     except sqlite3.Error as error:  # of the indexes in temporary files
         print(f"failed: temporary file: {error}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        print("\ninterrupted; what is complete was kept, run the same command to go on", file=sys.stderr)
+    except KeyboardInterrupt as error:
+        print(f"\ninterrupted: {str(error) or 'what is complete was kept, run the same command to go on'}", file=sys.stderr)
         return 130
     return 0
 

@@ -10,9 +10,9 @@ its share of the chunks. Neither changes the gradient.
 from __future__ import annotations
 
 import argparse
+import heapq
 import itertools
 import math
-import os
 import random
 import shutil
 import signal
@@ -22,7 +22,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -37,19 +37,21 @@ from syntriever.journal import DevScore, Journal, card, draw
 Row = tuple[list[tuple[str, str] | None], list[int]]
 LossFunction = Callable[[Tensor, Tensor], tuple[Tensor, dict[str, Tensor]]]
 
+GO_ON = "the same command with --resume goes on"
+
 # Padded tokens that share one forward pass: enough to fill the device, few enough that a text is not
 # padded to the longest of the batch.
-CPU_TOKENS, GPU_TOKENS = 1_024, 32_768
+CPU_TOKENS, GPU_TOKENS = 1_024, 8_192
 
 
 # ---- batches
 
 
 def deal(query_ids: Sequence[str], batch_size: int, seed: int, epoch: int, together: int = 1) -> list[list[int]]:
-    """Batches of row numbers, full to within a few rows, in an order drawn by seed and epoch.
+    """Batches of about `batch_size` row numbers, in an order drawn by seed and epoch.
 
-    Up to `together` rows of one query stay in one batch; the others of that query land in different
-    batches. Rows are dealt like cards, query after query in random order.
+    Up to `together` rows of one query stay in one batch; its others land in different batches. So each
+    batch has the same number of rows to within `together`.
     """
     rng = random.Random(f"{seed} {epoch}")
     rows: dict[str, list[int]] = defaultdict(list)
@@ -60,10 +62,15 @@ def deal(query_ids: Sequence[str], batch_size: int, seed: int, epoch: int, toget
         shuffled = rng.sample(of_query, len(of_query))
         hands.append([shuffled[start : start + together] for start in range(0, len(shuffled), together)])
     rng.shuffle(hands)
-    dealt = list(itertools.chain.from_iterable(hands))
-    batches = max(-(-len(query_ids) // batch_size), max(map(len, hands)))
-    order = rng.sample(range(batches), batches)
-    return [list(itertools.chain.from_iterable(dealt[batch::batches])) for batch in order]
+    count = max(-(-len(query_ids) // batch_size), max(map(len, hands)))
+    batches: list[list[int]] = [[] for _ in range(min(count, sum(map(len, hands))))]
+    emptiest = [(0, number) for number in range(len(batches))]
+    for of_one in hands:
+        for hand, (_, number) in [(hand, heapq.heappop(emptiest)) for hand in of_one]:
+            batches[number] += hand
+            heapq.heappush(emptiest, (len(batches[number]), number))
+    rng.shuffle(batches)
+    return batches
 
 
 @dataclass
@@ -134,7 +141,7 @@ def backward(
         torch.manual_seed((seed * 65_537 + number) % 2**63)
         kind, tokens = batch.chunks[number]
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-            return models.forward(model, {name: value.to(device, non_blocking=True) for name, value in tokens.items()}, kind)
+            return models.forward(model, {name: value.to(device) for name, value in tokens.items()}, kind)
 
     with torch.set_grad_enabled(not cached):
         made = {number: encode(number) for number in own}
@@ -197,11 +204,9 @@ def embed(model: Any, texts: Iterable[str], count: int, kind: str, max_length: i
             shape.insert(1, models.longest(model, kind))
         if parallel.rank() == 0:
             array = np.lib.format.open_memmap(path, "w+", np.float32, tuple(shape))
-            with tqdm(total=count, desc=f"reference {kind}") as bar:
-                for window in batched(texts, search.WINDOW):
-                    for vectors in search.encode(model, window, kind):
-                        array[bar.n][: len(vectors)] = vectors  # the first tokens, or all of one vector
-                        bar.update()
+            made = (vectors for window in batched(texts, search.WINDOW) for vectors in search.encode(model, window, kind))
+            for row, vectors in enumerate(tqdm(made, total=count, desc=f"reference {kind}")):
+                array[row][: len(vectors)] = vectors  # the first tokens, or all of one vector
             array.flush()
     parallel.wait()
     return torch.from_numpy(np.load(path, mmap_mode="c", allow_pickle=False))
@@ -217,17 +222,30 @@ def batched(items: Iterable[str], size: int) -> Iterator[list[str]]:
 
 
 class Interrupt:
-    """SIGTERM and Ctrl-C wait for the end of the step. A second Ctrl-C does not."""
+    """SIGTERM and Ctrl-C wait for the end of the step. A second Ctrl-C does not, and none does while
+    the dev split is scored (`at_once`), which can be done again."""
 
     def __enter__(self) -> Interrupt:
-        self.received: int | None = None
+        self.received, self.message = 0, ""
         self._before = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
         return self
 
     def _note(self, number: int, _: Any) -> None:
-        if self.received == signal.SIGINT:
-            raise KeyboardInterrupt
+        if self.message or number == self.received == signal.SIGINT:
+            self.stop(number, self.message)
         self.received = number
+
+    @staticmethod
+    def stop(number: int, message: str) -> NoReturn:
+        raise KeyboardInterrupt(message) if number == signal.SIGINT else Failed(message)
+
+    @contextmanager
+    def at_once(self, message: str) -> Iterator[None]:
+        self.message = message
+        if self.received:
+            self.stop(self.received, message)
+        yield
+        self.message = ""
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._before.items():
@@ -235,9 +253,9 @@ class Interrupt:
 
 
 def learning_rate(step: int, total: int, args: argparse.Namespace) -> float:
-    """Of step 0, 1, ...: up from 0 over the share `--warmup` of all steps, then down to 0, linearly."""
+    """Of step 0, 1, ...: up over the share `--warmup` of all steps, then down, linearly; never 0."""
     warmup = math.ceil(total * args.warmup)
-    share = step / warmup if step < warmup else (total - step) / max(1, total - warmup)
+    share = (step + 1) / (warmup + 1) if step < warmup else (total - step) / (total - warmup)
     return float(args.lr) * share
 
 
@@ -264,7 +282,7 @@ def train(
         shutil.rmtree(work, ignore_errors=True)
         work.mkdir(parents=True)
     cuda = model.device.type == "cuda"
-    bf16 = cuda and torch.cuda.is_bf16_supported()
+    bf16 = cuda and torch.cuda.is_bf16_supported(including_emulation=False)
     cached = args.mini_batch_size is not None
     collate = Collator(model, sample, args.mini_batch_size, GPU_TOKENS if cuda else CPU_TOKENS)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0.0, fused=cuda)
@@ -275,16 +293,21 @@ def train(
     if resume:
         stage.say(f"resume from step {state['step']} of {total}")
     settings = checkpoint.settings_of(record)
-    if not resume:
-        journal.score(model, 0)
     if args.compile:
+        from torch._inductor import config
+
+        config.fallback_random = True  # dropout as without --compile: the same in both passes of gradient caching
         model[0].auto_model.compile()
-    model.train()
 
     def save(step: int) -> None:
         if first:
-            checkpoint.save(work, step, model, optimizer, {"settings": settings, "journal": journal.state()})
+            checkpoint.save(work, step, model, optimizer, {"settings": settings, "journal": journal.state(step)})
             journal.saved()
+
+    def score(step: int) -> None:
+        with interrupt.at_once(f"stopped while dev was scored after step {step} of {total}; {GO_ON}"):
+            journal.score(model, step, round(step / per_epoch, 4))
+        model.train()
 
     def upcoming(step: int) -> Iterator[tuple[int, list[int]]]:
         """(number of the step, its row numbers) from `step` on."""
@@ -294,6 +317,10 @@ def train(
                     yield number, rows
 
     with models.at_length(model, args.max_length), Interrupt() as interrupt, ThreadPoolExecutor(1) as pool:
+        # The start of a run, or an epoch whose score the interrupted run did not see.
+        if state["step"] % per_epoch == 0 or state["step"] == total:
+            score(state["step"])
+        model.train()
         ahead = ((step, pool.submit(collate, rows)) for step, rows in upcoming(state["step"]))
         waiting = next(ahead, None)
         while waiting:
@@ -305,6 +332,9 @@ def train(
             optimizer.zero_grad()
             try:
                 loss, parts = backward(model, batch, function, args.seed * 1_000_003 + step, cached, bf16)
+                norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+                if not torch.isfinite(norm):
+                    raise FloatingPointError(f"{loss.item():.4g} and its gradient {norm.item()}")
             except FloatingPointError as error:
                 bad = output.with_name(f"{output.name}.bad-batch.json")
                 if first:
@@ -315,36 +345,26 @@ def train(
                 smaller = max(1, (args.mini_batch_size or 2 * batch.sizes[0]) // 2)
                 message = f"out of memory at step {step + 1} ({sum(batch.sizes)} texts)"
                 raise Failed(f"{message}. Pass --mini-batch-size {smaller}: the same loss in less memory") from None
-            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             done = step + 1
             journal.step(done, done / per_epoch, {"loss": loss, **parts}, rate, norm)
-            if done % per_epoch == 0 or done == total:
-                journal.score(model, round(done / per_epoch, 4))
-                model.train()
-            received = parallel.largest(interrupt.received or 0, model.device)
+            received = parallel.largest(interrupt.received, model.device)
+            ends_epoch = done % per_epoch == 0 or done == total
+            if received or ends_epoch or journal.minutes_since_save() >= args.save_minutes:
+                save(done)
             if received:
-                save(done)
-                message = f"stopped at step {done} of {total}; the same command with --resume goes on"
-                if received == signal.SIGINT:
-                    stage.say(message)
-                    raise KeyboardInterrupt
-                raise Failed(message)
-            if done % per_epoch == 0 or journal.minutes_since_save() >= args.save_minutes:
-                save(done)
+                parallel.wait()
+                interrupt.stop(received, f"stopped at step {done} of {total}; {GO_ON}")
+            if ends_epoch:
+                if waiting:
+                    waiting[1].exception()  # the tokenizer is not to be used by two threads at once
+                score(done)
     if not first:
         return
     journal.close()
     journal.restore_best(model)
     draw(journal.rows, work / "loss.png", title)
-    models.save(model, work, card(title, args, journal))
-    for left in itertools.chain(work.glob("checkpoint-*"), [work / "best.safetensors"]):
-        shutil.rmtree(left) if left.is_dir() else left.unlink(missing_ok=True)
+    models.save(model, work, card(title, args, journal, models.is_late(model)))
     record.write(work, steps=total, best_epoch=journal.best_epoch, dev_ndcg_at_10=journal.best if dev else None)
-    old = output.with_name(f".{output.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if output.is_dir():
-        output.rename(old)
-    os.rename(work, output)
-    shutil.rmtree(old, ignore_errors=True)
+    checkpoint.swap(work, output)
     stage.say(f"wrote  {paths.shown(output)}/: checkpoint, run.json, log.jsonl, loss.png")

@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import random
+import resource
 import shutil
 import signal
 import subprocess
@@ -81,7 +82,7 @@ sys.path[:0] = [{tests!r}, {root!r}]
 import torch
 torch.set_num_threads(1)
 from syntriever import models, parallel, training
-parallel.start()
+parallel.start(None)
 import test_training as t
 model = models.load(models.resolve({model!r}, "tiny"), "cpu").train()
 docs = json.load(open({docs!r}))
@@ -137,8 +138,11 @@ def test_no_text_counts_twice_and_no_known_passage_is_a_negative():
 
 def test_some_rows_of_a_query_stay_together():
     query_ids = [f"q{n}" for n in range(40) for _ in range(1 + 9 * (n % 7 == 0))]
+    assert all(training.deal(["q"] * 10 + ["r"] * 10, 2, 1, 0, together=10))  # no empty batch
     for epoch in range(2):
         batches = training.deal(query_ids, 12, 1, epoch, together=4)
+        assert any(len({query_ids[row] for row in rows}) < len(rows) for rows in batches)
+        assert max(map(len, batches)) - min(map(len, batches)) <= 4
         assert sorted(row for rows in batches for row in rows) == list(range(len(query_ids)))
         for rows in batches:
             counts = [sum(query_ids[row] == query for row in rows) for query in {query_ids[row] for row in rows}]
@@ -188,7 +192,7 @@ def test_lists_encode_each_text_once(dropout_encoder):
 
 # --- checkpoints
 
-# Starts the script of its arguments once per line of input: a number of the fsync at which it is killed, or 0.
+# Starts the script of its arguments once per line of input, to be killed at that fsync or rename (0: none).
 LAUNCHER = """
 import os, runpy, signal, sys
 import matplotlib.pyplot, sentence_transformers, torch, torch.utils.tensorboard, transformers
@@ -198,16 +202,21 @@ for line in sys.stdin:
         os.setsid()
         os.dup2(2, 1)
         torch.set_num_threads(1)
-        left, real = int(line), os.fsync
-        def fsync(file):
-            global left
-            left -= 1
-            if left == 0:
-                os.kill(os.getpid(), signal.SIGKILL)
-            real(file)
-        os.fsync = fsync
+        left = int(line)
+        def count(real):
+            def counted(*args):
+                global left
+                left -= 1
+                if left == 0:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                return real(*args)
+            return counted
+        os.fsync, os.rename = count(os.fsync), count(os.rename)
         sys.argv = sys.argv[1:]
-        runpy.run_path(sys.argv[0], run_name="__main__")
+        try:
+            runpy.run_path(sys.argv[0], run_name="__main__")
+        finally:
+            print("operations:", int(line) - left, file=sys.stderr, flush=True)
     print(child, flush=True)
     print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 """
@@ -220,8 +229,8 @@ class Launcher:
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": self.log, "env": env}
         self.process = subprocess.Popen([sys.executable, "-c", LAUNCHER, *map(str, argv)], text=True, bufsize=1, **pipes)
 
-    def start(self, kill_at_fsync=0):
-        self.process.stdin.write(f"{kill_at_fsync}\n")
+    def start(self, kill_at=0):
+        self.process.stdin.write(f"{kill_at}\n")
         return int(self.process.stdout.readline())
 
     def wait(self):
@@ -421,6 +430,106 @@ def test_two_processes_train_the_weights_of_one(two_homes, dropout_encoder):
         found.append(load_file(home / "output" / "e5-small-tiny-sft-tiny" / "model.safetensors"))
     for name, tensor in found[0].items():
         torch.testing.assert_close(found[1][name], tensor, rtol=0, atol=2e-5)
+
+
+def test_killed_while_the_finished_checkpoint_is_put_in_place(two_homes, dropout_encoder):
+    """At each of the last file operations, with an older output there; afterwards that or the new one is complete."""
+    home = two_homes[0]
+    output = home / "output" / "e5-small-tiny-sft-tiny"
+    script = [ROOT / "train_stage1.py", dropout_encoder, "tiny", *SHORT, "--resume"]
+    with Launcher(home, *script) as launcher:
+        launcher.start()
+        assert launcher.wait() == 0, launcher.said()
+        count = int(launcher.said().rpartition("operations:")[2])
+        new = weights(home)
+        (output / "model.safetensors").write_bytes(b"old")
+        for back in range(1, 8):
+            launcher.start(count - back)
+            assert launcher.wait() == -signal.SIGKILL, launcher.said()
+            there = output if output.exists() else output.with_name(f".{output.name}.old")
+            found = (there / "model.safetensors").read_bytes()
+            assert found == b"old" or hashlib.sha256(found).hexdigest() == new
+            launcher.start()
+            assert launcher.wait() == 0, launcher.said()
+            assert weights(home) == new
+            assert [p.name for p in (home / "output").iterdir()] == [output.name]
+            assert not [p.name for p in output.iterdir() if p.name.startswith((".", "best", "checkpoint"))]
+            (output / "model.safetensors").write_bytes(b"old")
+
+
+def test_full_disk_keeps_the_old_output_and_the_last_checkpoint(home, dropout_encoder, run_script, interrupt):
+    output = home / "output" / "e5-small-tiny-sft-tiny"
+    command = ["train_stage1.py", dropout_encoder, "tiny", *SHORT]
+    assert run_script(*command)[0] == 0
+    calm = digest(output)
+    interrupt(5)
+    assert run_script(*command)[0] == 1
+    interrupt(None)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, hard))
+    try:
+        code, _, err = run_script(*command, "--resume")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert code == 1
+    assert "failed: cannot write output/.e5-small-tiny-sft-tiny.tmp/" in err
+    assert digest(output) == calm
+    code, out, _ = run_script(*command, "--resume")
+    assert code == 0
+    assert "resume from step 5 of 12" in out
+    assert digest(output) == calm
+
+
+def test_sigterm_while_dev_is_scored_loses_nothing(home, dropout_encoder, run_script, monkeypatch):
+    output = home / "output" / "e5-small-tiny-sft-tiny"
+    command = ["train_stage1.py", dropout_encoder, "tiny", *SHORT]
+    assert run_script(*command)[0] == 0
+    calm, real, calls = digest(output), journal.DevScore.__call__, []
+
+    def score(self, model):
+        calls.append(1)
+        if len(calls) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(self, model)
+
+    monkeypatch.setattr(journal.DevScore, "__call__", score)
+    code, _, err = run_script(*command)
+    assert code == 1
+    assert "stopped while dev was scored after step 6 of 12" in err
+    code, _, _ = run_script(*command, "--resume")
+    assert code == 0
+    assert len(calls) == 4  # 0, 1 (stopped), 1, 2
+    assert digest(output) == calm
+
+
+def test_without_dev_split_and_log_a_run_can_be_resumed(home, dropout_encoder, run_script, interrupt):
+    (home / "datasets" / "tiny" / "qrels" / "dev.tsv").unlink()
+    output = home / "output" / "e5-small-tiny-sft-tiny"
+    command = ["train_stage1.py", dropout_encoder, "tiny", *SHORT, "--batch-size", "2"]  # every fourth step is logged
+    assert run_script(*command)[0] == 0
+    calm, log = digest(output), (output / "log.jsonl").read_text().splitlines()
+    interrupt(2)
+    assert run_script(*command)[0] == 1
+    interrupt(None)
+    assert run_script(*command, "--resume")[0] == 0
+    assert digest(output) == calm
+    again = (output / "log.jsonl").read_text().splitlines()
+    for row, other in zip(map(json.loads, log), map(json.loads, again), strict=True):
+        assert {**row, "seconds": 0} == pytest.approx({**other, "seconds": 0}, rel=1e-6)
+
+
+def test_an_infinite_gradient_stops_before_the_weights_are_spoilt(home, dropout_encoder, run_script, monkeypatch):
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *_: torch.tensor(float("inf")))
+    code, _, err = run_script("train_stage1.py", dropout_encoder, "tiny", *SHORT)
+    assert code == 1
+    assert "its gradient inf at step 1" in err
+    assert not (home / "output" / "e5-small-tiny-sft-tiny").exists()
+
+
+def test_a_length_beyond_the_encoder_is_refused(home, dropout_encoder, run_script):
+    code, _, err = run_script("train_stage1.py", dropout_encoder, "tiny", "--max-length", "999")
+    assert code == 2
+    assert "--max-length 999: this encoder reads at most 128 tokens" in err
 
 
 # --- late interaction
