@@ -47,8 +47,14 @@ def partial_plackett_luce_loss(query: Tensor, preferred: Tensor, rejected: Tenso
 def plackett_luce_of(scores: Tensor, pairs: Tensor) -> Tensor:
     """`partial_plackett_luce_loss`, the mean over pairs, of the (Q, M) scores of queries and candidates
     and (P, 3) pairs: a query, its preferred and its rejected candidate. All pairs of a query may share
-    one encoding of it and of each passage (`--batching lists`)."""
-    scores = scores[pairs[:, 0]]  # (P, M)
+    one encoding of it and of each passage (`--batching lists`); a passage of its other pairs is then no
+    candidate of this one, which says nothing of it: ranking it below would contradict them."""
+    import torch
+
+    judged = torch.zeros_like(scores, dtype=torch.bool)
+    judged[pairs[:, :1], pairs[:, 1:]] = True
+    elsewhere = judged[pairs[:, 0]].scatter(1, pairs[:, 1:], False)  # (P, M)
+    scores = scores[pairs[:, 0]].masked_fill(elsewhere, float("-inf"))
     better, worse = scores.gather(1, pairs[:, 1:]).unbind(1)
     others = scores.scatter(1, pairs[:, 1:2], float("-inf"))
     return (scores.logsumexp(1) - better + others.logsumexp(1) - worse).mean()

@@ -297,7 +297,9 @@ def train(
         from torch._inductor import config
 
         config.fallback_random = True  # dropout as without --compile: the same in both passes of gradient caching
-        model[0].auto_model.compile()
+        encoder = model[0].auto_model
+        # Not encoder.compile(): sentence-transformers calls `forward` itself and would pass it by.
+        encoder.forward = torch.compile(encoder.forward, dynamic=True)
 
     def save(step: int) -> None:
         if first:

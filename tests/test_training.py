@@ -161,8 +161,11 @@ def test_lists_equal_the_pairwise_formula_over_the_same_candidates():
     score = torch.nn.functional.cosine_similarity(query[:, None], candidates[None], dim=2) / TAU
     expected = 0.0
     for q, better, worse in pairs.tolist():
-        rest = torch.cat([score[q, :better], score[q, better + 1 :]])
-        expected += float(score[q].logsumexp(0) - score[q, better] + rest.logsumexp(0) - score[q, worse]) / len(pairs)
+        judged = {c for other, *two in pairs.tolist() if other == q for c in two}
+        candidates_of = [c for c in range(9) if c in (better, worse) or c not in judged]
+        rest = [c for c in candidates_of if c != better]
+        first = score[q, candidates_of].logsumexp(0) - score[q, better]
+        expected += float(first + score[q, rest].logsumexp(0) - score[q, worse]) / len(pairs)
     scores = models.similarity(query, candidates) / TAU
     assert train_stage2.plackett_luce_of(scores, pairs).item() == pytest.approx(expected, abs=1e-9)
 
