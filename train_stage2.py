@@ -114,8 +114,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--batching",
         choices=("pairs", "lists"),
         default="pairs",
-        help="pairs: the paper's, no query twice in a batch, every pair encoded by itself; lists: all pairs of a query in one "
-        "batch, each text encoded once. --batch-size counts pairs either way (default: %(default)s)",
+        help="pairs: the paper's, no query twice in a batch; lists: all pairs of a query in one batch, each text encoded once, "
+        "the passages of other queries as further candidates. --batch-size counts pairs either way (default: %(default)s)",
     )
     parser.add_argument(
         "--preferences", type=Path, help="preferences to train on (default: stage2/<model>_<dataset>_preferences.jsonl)"
