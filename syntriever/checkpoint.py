@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -89,9 +90,10 @@ def save(work: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimiz
     folder = work / f"checkpoint-{step}"
     temporary = work / f".checkpoint-{step}.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
+    data = serialize({name: value.detach().cpu().contiguous() for name, value in tensors.items()})
     with jsonl.atomic(temporary / "state.safetensors") as file:
-        file.write(serialize({name: value.detach().cpu().contiguous() for name, value in tensors.items()}))
-    hashes = {"state.safetensors": stage.sha256(temporary / "state.safetensors")}
+        file.write(data)
+    hashes = {"state.safetensors": hashlib.sha256(data).hexdigest()}
     jsonl.write_json(temporary / "state.json", {**state, "step": step, "sha256": hashes})
     shutil.rmtree(folder, ignore_errors=True)  # a torn one of the same step
     temporary.rename(folder)
