@@ -4,20 +4,26 @@ Reads    output/<model>-<dataset>/ (or any model, or bm25), datasets/<dataset>/
 Writes   results/<model>_<dataset>_<split>.json   measures, the query count, per-query values
          results/<model>_<dataset>_<split>.trec   the run, for trec_eval
          results/<model>_<dataset>_<split>.png    the model beside those named before it
+         results/report.html                      all of this run in one page
+         output/<model>-<dataset>/README.md       the scores, in the model card
 Run      python evaluate.py e5-final scifact
          python evaluate.py bm25 e5 e5-sft e5-final scifact
-         python evaluate.py e5-final scifact fiqa --trained-on msmarco       (zero-shot)
+         python evaluate.py e5-final scifact cqadupstack --trained-on msmarco       zero-shot
+         python evaluate.py e5-final scifact --push-to-hub owner/name
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import sys
+from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
-from syntriever import beir, jsonl, metrics, models, paths, stage
+from syntriever import beir, hub, jsonl, metrics, models, parallel, paths, report, stage
 from syntriever.errors import BadInput
-from syntriever.metrics import Measures
+from syntriever.metrics import Hits, Measures
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -31,15 +37,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--split", default="test", help="which judgements (default: %(default)s)")
     parser.add_argument("--ks", default="1,3,5,10,100", help="cut-offs of the measures (default: %(default)s)")
     parser.add_argument("--trained-on", metavar="DATASET", help="evaluate X-sft and X-final trained on this dataset (zero-shot)")
-    parser.add_argument("--max-length", type=int, help="tokens kept of each text (default: the model's own)")
-    parser.add_argument("--batch-size", type=int, default=32, help="texts per forward pass (default: %(default)s)")
-    parser.add_argument("--device", help="cpu, cuda, cuda:1, mps (default: the best there is)")
-    parser.add_argument("--name", help="short name for file names, where the one model is a folder or a Hub id")
-    parser.add_argument("--strict", action="store_true", help="refuse judgements of ids that the dataset lacks")
-    parser.add_argument("--force", action="store_true", help="go on where a checkpoint is stale")
+    parser.add_argument("--push-to-hub", metavar="OWNER/NAME", help="upload the one checkpoint, with its scores, to the Hub")
+    stage.add_encoding_options(parser)
     args = parser.parse_args(argv)
-    args.datasets = [name for name in args.names if name not in models.ALIASES and "/" not in name and beir.is_dataset(name)]
-    args.models = list(dict.fromkeys(name for name in args.names if name not in args.datasets))
+    names = list(dict.fromkeys(args.names))
+    args.datasets = [name for name in names if name not in models.ALIASES and "/" not in name and beir.is_dataset(name)]
+    args.models = [name for name in names if name not in args.datasets]
     if not args.datasets or not args.models:
         what = "a dataset" if args.models else "a model"
         parser.error(f"name at least one model and one dataset; {what} is missing among: {' '.join(args.names)}")
@@ -56,7 +59,7 @@ def parse_ks(text: str) -> tuple[int, ...]:
     return ks
 
 
-def bm25_run(corpus: beir.Corpus, queries: dict[str, str], k: int) -> dict[str, list[tuple[str, float]]]:
+def bm25_run(corpus: beir.Corpus, queries: dict[str, str], k: int) -> Iterable[tuple[str, Hits]]:
     """Top `k` of Lucene's BM25 (k1 0.9, b 0.4 as in Anserini and BEIR), English stop words, stemmed."""
     import bm25s
     import Stemmer
@@ -66,142 +69,216 @@ def bm25_run(corpus: beir.Corpus, queries: dict[str, str], k: int) -> dict[str, 
     index = bm25s.BM25(k1=0.9, b=0.4, method="lucene")
     index.index(bm25s.tokenize(list(corpus.texts()), **tokenizer), show_progress=True)
     positions, scores = index.retrieve(bm25s.tokenize(list(queries.values()), **tokenizer), k=k, show_progress=True)
-    return {
-        query: [(corpus.id(int(p)), float(s)) for p, s in zip(row, row_scores, strict=True) if s > 0]
-        for query, row, row_scores in zip(queries, positions, scores, strict=True)
-    }
+    for query, row, row_scores in zip(queries, positions, scores, strict=True):
+        yield query, [(corpus.id(int(p)), float(s)) for p, s in zip(row, row_scores, strict=True) if s > 0]
+
+
+@dataclass
+class Inputs:
+    """One dataset, loaded."""
+
+    name: str
+    corpus: beir.Corpus
+    queries: dict[str, str]
+    qrels: beir.Qrels
 
 
 def main(args: argparse.Namespace) -> None:
+    stage.check_positive(args, "max_length", "batch_tokens")
     ks = parse_ks(args.ks)
+    datasets = [part for name in args.datasets for part in beir.parts(name)]
     refs: dict[tuple[str, str], models.ModelRef] = {}
-    inputs = {}  # everything is found and checked before anything is loaded
-    for ds in args.datasets:
+    for ds in datasets:  # everything is found and checked before anything is loaded
         beir.ensure(ds)
         for model in args.models:
             if model != "bm25":
                 refs[model, ds] = models.resolve(model, args.trained_on or ds, args.name if len(args.models) == 1 else None)
                 stage.check_fresh(refs[model, ds].weights, args.force)
         beir.load_qrels(ds, args.split)
-    for ds in args.datasets:
+    checkpoint = None
+    if args.push_to_hub:
+        folders = {ref.folder for ref in refs.values()}
+        if len(args.models) > 1 or None in folders or len(folders) != 1:
+            raise BadInput("--push-to-hub takes one model, which is a folder or a checkpoint of this project")
+        (checkpoint,) = folders
+        hub.check(args.push_to_hub)
+    inputs = []
+    for ds in datasets:
         corpus = beir.Corpus(ds)
         if max(ks) > len(corpus):
             raise BadInput(f"--ks {args.ks}: {paths.shown(corpus.path)} has only {len(corpus)} passages")
-        inputs[ds] = corpus, *beir.load_split(ds, args.split, corpus, args.strict)
+        inputs.append(Inputs(ds, corpus, *beir.load_split(ds, args.split, corpus, args.strict)))
+    device = parallel.start(args.device)
     table: dict[str, dict[str, Measures]] = {}
-    for ds, (corpus, queries, qrels) in inputs.items():
-        stage.say(f"read   {len(corpus):,} passages, {len(queries):,} {args.split} queries of {ds}")
-        table[ds] = {}
+    sections = []
+    for data in inputs:
+        stage.say(f"read   {len(data.corpus):,} passages, {len(data.queries):,} {args.split} queries of {data.name}")
+        table[data.name] = {}
+        tops: dict[str, dict[str, Hits]] = {}
         for model in args.models:
-            table[ds][model] = evaluate(args, model, refs.get((model, ds)), ds, corpus, queries, qrels, ks, table[ds])
-        print_table(ds, args.split, table[ds], ks, len(queries))
-    if len(args.datasets) > 1:
-        print_summary(table, ks)
+            ref = refs.get((model, data.name))
+            hits = retrieve(args, ref, data, max(ks), device)
+            if parallel.rank() == 0:
+                table[data.name][model] = measure(args, model, ref, data, hits, ks, table[data.name])
+                tops[model] = {query: found[: report.SHOWN] for query, found in hits.items()}
+        if parallel.rank() == 0:
+            tests = compare(table[data.name], ks)
+            print_table(data, args.split, table[data.name], ks, tests)
+            curves = {model: refs[model, data.name].folder for model in args.models if (model, data.name) in refs}
+            sections.append(report.section(data, args.split, table[data.name], columns(ks), main_of(ks), tests, tops, curves))
+    if parallel.rank():
+        return
+    rows = summary(args, table, ks) if len(datasets) > 1 else []
+    print_summary(rows, main_of(ks))
+    report.write(sections, rows, main_of(ks))
+    stage.say(f"wrote  {paths.shown(paths.report_html())}")
+    if checkpoint:
+        hub.push(checkpoint, args.push_to_hub)
 
 
-def evaluate(
+def retrieve(args: argparse.Namespace, ref: models.ModelRef | None, data: Inputs, k: int, device: str | None) -> dict[str, Hits]:
+    """Top `k` of every query, its own passage left out where the dataset asks for it."""
+    drop_self = data.name in beir.SELF_RETRIEVAL
+    wanted = min(k + drop_self, len(data.corpus))
+    found: Iterable[tuple[str, Hits]]
+    if ref:
+        from syntriever import encoding, search
+
+        encoder = encoding.Encoder(models.load(ref, device, args.max_length), args.backend, args.batch_tokens)
+        found = search.top_k(encoder, data.corpus, ref.embeddings(data.name), data.queries, wanted, args.dtype)
+    else:
+        found = bm25_run(data.corpus, data.queries, wanted) if parallel.rank() == 0 else []
+    if drop_self:
+        stage.say(f"note:  a query of {data.name} is itself a passage; it is left out of its own results, as BEIR does")
+        found = ((query, [hit for hit in hits if hit[0] != query][:k]) for query, hits in found)
+    return dict(found)
+
+
+def measure(
     args: argparse.Namespace,
     model: str,
     ref: models.ModelRef | None,
-    ds: str,
-    corpus: beir.Corpus,
-    queries: dict[str, str],
-    qrels: beir.Qrels,
+    data: Inputs,
+    hits: dict[str, Hits],
     ks: tuple[int, ...],
     before: dict[str, Measures],
 ) -> Measures:
-    """Retrieve, measure and write the three result files of one model on one dataset."""
+    """Measure the run of one model on one dataset and write its result files."""
+    ds, qrels = data.name, data.qrels
     record = stage.Record(args)
-    record.reads(corpus.path, paths.queries(ds), paths.qrels(ds, args.split), *(ref.weights if ref else []))
-    drop_self = ds in beir.SELF_RETRIEVAL
-    k = min(max(ks) + drop_self, len(corpus))
-    if ref is None:
-        hits = bm25_run(corpus, queries, k)
-    else:
-        from syntriever import search
-
-        encoder = models.load(ref, args.device, args.max_length)
-        hits = search.top_k(encoder, corpus, ref.embeddings(ds), queries, k, batch_size=args.batch_size)
-    if drop_self:
-        stage.say(f"note:  a query of {ds} is itself a passage; it is left out of its own results, as BEIR does")
-        hits = {query: [(p, s) for p, s in found if p != query][: max(ks)] for query, found in hits.items()}
+    record.reads(data.corpus.path, paths.queries(ds), paths.qrels(ds, args.split), *(ref.weights if ref else []))
     measures = metrics.evaluate(qrels, {query: dict(found) for query, found in hits.items()}, ks)
     means = {name: metrics.mean(values) for name, values in measures.items()}
     shown = ref.name if ref else model
     if args.trained_on and models.is_own(model):
         shown = f"{model}-{args.trained_on}"
-    without = sum(not hits.get(query) for query in qrels)
+    main_measure = main_of(ks)
     result: dict[str, Any] = {
         "model": shown,
         "checkpoint": ref.where if ref else "bm25s, k1 0.9, b 0.4",
         "dataset": ds,
         "split": args.split,
         "queries": len(qrels),
-        "queries_without_results": without,
-        "passages": len(corpus),
-        "own_passage_left_out": drop_self,
+        "queries_without_results": sum(not hits.get(query) for query in qrels),
+        "passages": len(data.corpus),
+        "own_passage_left_out": ds in beir.SELF_RETRIEVAL,
         "measures": means,
-        "tests": {other: metrics.paired_test(measures[_main(ks)], values[_main(ks)]) for other, values in before.items()},
+        "tests": {other: metrics.paired_test(measures[main_measure], values[main_measure]) for other, values in before.items()},
         "per_query": {query: {name: measures[name][query] for name in measures} for query in qrels},
     }
     target = {suffix: paths.result(shown, ds, args.split, suffix) for suffix in (".json", ".trec", ".png")}
     with jsonl.atomic(target[".trec"]) as file:
         for query, found in hits.items():
             for rank, (passage, score) in enumerate(found, 1):
-                file.write(f"{query} Q0 {passage} {rank} {score:.6f} {shown}\n".encode())
+                # Nine digits keep a 32-bit float, so that trec_eval sees the ties and the order that were measured.
+                file.write(f"{query} Q0 {passage} {rank} {score:.9g} {shown}\n".encode())
     jsonl.write_json(target[".json"], result)
     draw({**before, model: measures}, ks, target[".png"], f"{ds}, {args.split} split, {len(qrels)} queries")
     record.write(target[".json"], **means)
     stage.say(f"wrote  {paths.shown(target['.json'])}, .trec, .png")
+    if ref and ref.folder and models.is_own(model):
+        hub.add_scores(ref.folder, ds, args.split, {name: means[name] for name in columns(ks)})
     return measures
 
 
-def _main(ks: tuple[int, ...]) -> str:
+def main_of(ks: tuple[int, ...]) -> str:
     """The measure that tests and pictures are about: nDCG@10, or the nearest cut-off there is."""
     return f"nDCG@{min(ks, key=lambda k: (abs(k - 10), k))}"
 
 
-def print_table(ds: str, split: str, table: dict[str, Measures], ks: tuple[int, ...], queries: int) -> None:
-    columns = [f"nDCG@{k}" for k in ks] + [f"{name}@{max(ks)}" for name in ("MAP", "Recall")] + [f"MRR@{_main(ks).split('@')[1]}"]
+def columns(ks: tuple[int, ...]) -> list[str]:
+    """The measures that are shown; all are in the result files."""
+    return [*(f"nDCG@{k}" for k in ks), f"MAP@{max(ks)}", f"Recall@{max(ks)}", f"MRR@{main_of(ks).split('@')[1]}"]
+
+
+def compare(table: dict[str, Measures], ks: tuple[int, ...]) -> list[tuple[str, str, dict[str, float]]]:
+    """(model, earlier model, paired test on the main measure) of every two models."""
+    name = main_of(ks)
+    return [(new, old, metrics.paired_test(table[new][name], table[old][name])) for old, new in itertools.combinations(table, 2)]
+
+
+def print_table(
+    data: Inputs, split: str, table: dict[str, Measures], ks: tuple[int, ...], tests: list[tuple[str, str, dict[str, float]]]
+) -> None:
     width = max(map(len, table)) + 2
-    stage.say(f"\n{ds}, {split} split, mean over {queries} queries (a query without results counts 0)")
-    stage.say("".ljust(width) + "".join(column.rjust(11) for column in columns))
+    own = "; a query's own passage is left out" if data.name in beir.SELF_RETRIEVAL else ""
+    stage.say(f"\n{data.name}, {split} split, mean over {len(data.qrels)} queries (a query without results counts 0{own})")
+    stage.say("".ljust(width) + "".join(column.rjust(11) for column in columns(ks)))
     for model, measures in table.items():
-        stage.say(model.ljust(width) + "".join(f"{metrics.mean(measures[column]):11.4f}" for column in columns))
-    names = list(table)
-    if len(names) > 1:
-        stage.say(f"\npaired test on {_main(ks)}: difference [95% bootstrap interval], two-sided p of a randomisation test")
-    for better, worse in zip(names[1:], names, strict=False):
-        test = metrics.paired_test(table[better][_main(ks)], table[worse][_main(ks)])
-        stage.say(f"{better} - {worse}: {test['difference']:+.4f} [{test['low']:+.4f}, {test['high']:+.4f}], p = {test['p']:.4f}")
+        stage.say(model.ljust(width) + "".join(f"{metrics.mean(measures[column]):11.4f}" for column in columns(ks)))
+    if tests:
+        stage.say(f"\npaired test on {main_of(ks)}: difference [95% bootstrap interval], two-sided p of a randomisation test")
+    for new, old, test in tests:
+        stage.say(f"{new} - {old}: {test['difference']:+.4f} [{test['low']:+.4f}, {test['high']:+.4f}], p = {test['p']:.4f}")
     stage.say()
 
 
-def print_summary(table: dict[str, dict[str, Measures]], ks: tuple[int, ...]) -> None:
-    """One row per model: its main measure on every dataset, and the average."""
-    name, first = _main(ks), next(iter(table.values()))
-    width = max(map(len, first)) + 2
-    stage.say(f"{name} by dataset\n" + "".ljust(width) + "".join(ds.rjust(max(11, len(ds) + 2)) for ds in (*table, "average")))
-    for model in first:
-        values = [metrics.mean(table[ds][model][name]) for ds in table]
-        cells = zip((*table, "average"), (*values, sum(values) / len(values)), strict=True)
-        stage.say(model.ljust(width) + "".join(f"{value:{max(11, len(ds) + 2)}.4f}" for ds, value in cells))
+def summary(args: argparse.Namespace, table: dict[str, dict[str, Measures]], ks: tuple[int, ...]) -> list[list[Any]]:
+    """Header, then a row per model: its main measure on every dataset that was named, and the average.
+    CQADupStack counts once, with the mean of its forums."""
+    name = main_of(ks)
+    rows: list[list[Any]] = [["", *args.datasets, "average"]]
+    for model in args.models:
+        of_parts = [[metrics.mean(table[part][model][name]) for part in beir.parts(ds)] for ds in args.datasets]
+        values = [sum(values) / len(values) for values in of_parts]
+        rows.append([model, *values, sum(values) / len(values)])
+    return rows
+
+
+def print_summary(rows: list[list[Any]], name: str) -> None:
+    if rows:
+        widths = [max(len(str(row[0])) for row in rows) + 2, *(max(11, len(ds) + 2) for ds in rows[0][1:])]
+        stage.say(f"{name} by dataset")
+        for row in rows:
+            cells = [cell if isinstance(cell, str) else f"{cell:.4f}" for cell in row]
+            stage.say(cells[0].ljust(widths[0]) + "".join(map(str.rjust, cells[1:], widths[1:])))
 
 
 def draw(table: dict[str, Measures], ks: tuple[int, ...], path: Any, title: str) -> None:
-    """nDCG at every cut-off for each model, and the main measure query by query."""
+    """nDCG at every cut-off for each model, the main measure query by query, and the last two models against each other."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure, (curves, queries) = plt.subplots(1, 2, figsize=(11, 4), constrained_layout=True)
+    name = main_of(ks)
+    pair = list(table)[-2:]
+    figure, axes = plt.subplots(1, 1 + len(pair), figsize=(5 * (1 + len(pair)), 4), constrained_layout=True)
+    curves, queries = axes[:2]
     for model, measures in table.items():
         curves.plot(range(len(ks)), [metrics.mean(measures[f"nDCG@{k}"]) for k in ks], marker="o", label=model)
-        queries.plot(sorted(measures[_main(ks)].values(), reverse=True), label=model)
+        queries.plot(sorted(measures[name].values(), reverse=True), label=model)
     curves.set(xticks=range(len(ks)), xticklabels=ks, xlabel="k", title="nDCG@k", ylim=(0, 1))
-    queries.set(xlabel="queries, each curve sorted by itself", title=f"{_main(ks)} per query", ylim=(0, 1.02))
+    queries.set(xlabel="queries, each curve sorted by itself", title=f"{name} per query", ylim=(0, 1.02))
     curves.legend()
+    if len(pair) > 1:
+        old, new = (list(table[model][name].values()) for model in pair)
+        won, lost = (sum(sign * a > sign * b for a, b in zip(new, old, strict=True)) for sign in (1, -1))
+        axes[2].scatter(old, new, s=12, alpha=0.35, linewidths=0)
+        axes[2].plot([0, 1], [0, 1], color="grey", linewidth=0.8)
+        axes[2].set(
+            xlabel=pair[0], ylabel=pair[1], title=f"{name}: {won} won, {lost} lost", xlim=(-0.02, 1.02), ylim=(-0.02, 1.02)
+        )
     figure.suptitle(title)
     path.parent.mkdir(parents=True, exist_ok=True)
     with jsonl.atomic(path) as file:

@@ -4,14 +4,18 @@ Reads    output/<model>-<dataset>/ (or any model), datasets/<dataset>/
 Writes   stage2/<model>_<dataset>_top<K>.jsonl                   best first, ids and scores
          output/<model>-<dataset>/embeddings/<dataset>/          corpus embeddings, reused
 Run      python retrieval.py e5-sft scifact
+         python retrieval.py e5-final scifact --query "Does vitamin D prevent colds?"      prints, writes no file of stage 2
+         torchrun --nproc_per_node=8 retrieval.py e5-sft msmarco
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
+import textwrap
+from collections.abc import Iterator
 
-from syntriever import beir, jsonl, models, paths, stage
+from syntriever import beir, jsonl, models, parallel, paths, stage
 from syntriever.errors import BadInput
 
 
@@ -19,27 +23,32 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = stage.parser(__doc__)
     parser.add_argument("model", help=f"X-sft, X-final, {', '.join(models.ALIASES)}, a Hub id or a folder")
     parser.add_argument("dataset", help="BEIR name, pydocs, or a folder datasets/<dataset>/")
-    parser.add_argument("--top-k", type=int, default=100, help="passages per query (default: %(default)s)")
+    parser.add_argument("--top-k", type=int, help="passages per query (default: 100, with --query 5)")
+    parser.add_argument("--query", metavar="TEXT", help="print the top passages of this query instead")
     parser.add_argument(
         "--index", help="FAISS index-factory string for large corpora, e.g. IVF4096,SQfp16 (default: exact search)"
     )
-    parser.add_argument("--max-length", type=int, help="tokens kept of each text (default: the model's own)")
-    parser.add_argument("--batch-size", type=int, default=32, help="texts per forward pass (default: %(default)s)")
-    parser.add_argument("--device", help="cpu, cuda, cuda:1, mps (default: the best there is)")
+    parser.add_argument(
+        "--recall", type=float, default=0.95, help="share of the exact top that --index has to find (default: %(default)s)"
+    )
     parser.add_argument("--seed", type=int, default=42, help="seed of the sample that trains --index (default: %(default)s)")
-    parser.add_argument("--name", help="short name for file names, where the model is a folder or a Hub id")
-    parser.add_argument("--strict", action="store_true", help="refuse judgements of ids that the dataset lacks")
-    parser.add_argument("--force", action="store_true", help="go on where the checkpoint is stale")
-    return parser.parse_args(argv)
+    stage.add_encoding_options(parser)
+    args = parser.parse_args(argv)
+    args.top_k = args.top_k or (5 if args.query else 100)
+    return args
 
 
 def main(args: argparse.Namespace) -> None:
+    stage.check_positive(args, "max_length", "batch_tokens", "recall")
     ref = models.resolve(args.model, args.dataset, args.name)
     beir.ensure(args.dataset)
     stage.check_fresh(ref.weights, args.force)
     corpus = beir.Corpus(args.dataset)
     if not 1 <= args.top_k <= len(corpus):
         raise BadInput(f"--top-k {args.top_k}: {paths.shown(corpus.path)} has {len(corpus)} passages")
+    if args.query is not None:
+        show(args, ref, corpus)
+        return
     queries, _ = beir.load_split(args.dataset, "train", corpus, args.strict)
     record = stage.Record(args)
     record.reads(corpus.path, paths.queries(args.dataset), paths.qrels(args.dataset, "train"), *ref.weights)
@@ -47,19 +56,38 @@ def main(args: argparse.Namespace) -> None:
 
     output = paths.top(ref.name, args.dataset, args.top_k)
     with jsonl.lock(output):
-        from syntriever import search
-
-        model = models.load(ref, args.device, args.max_length)
-        hits = search.top_k(
-            model, corpus, ref.embeddings(args.dataset), queries, args.top_k, args.index, args.seed, args.batch_size
-        )
+        found = search(args, ref, corpus, queries)
+        if parallel.rank():
+            next(found, None)  # takes part in the search; the first process has the result
+            return
         with jsonl.atomic(output) as file:
-            for query, found in hits.items():
-                passages = [{"id": passage, "score": round(score, 6)} for passage, score in found]
+            for query, hits in found:
+                passages = [{"id": passage, "score": round(score, 6)} for passage, score in hits]
                 file.write(jsonl.dumps({"query_id": query, "query": queries[query], "passages": passages}))
-        record.write(output, queries=len(hits), model=ref.where)
-    stage.say(f"wrote  {paths.shown(output)}: top {args.top_k} of {len(hits):,} queries")
+        record.write(output, queries=len(queries), model=ref.where)
+    stage.say(f"wrote  {paths.shown(output)}: top {args.top_k} of {len(queries):,} queries")
     stage.next_command(f"python stage2/parse_comparison.py {args.dataset} --model {ref.name}")
+
+
+def search(
+    args: argparse.Namespace, ref: models.ModelRef, corpus: beir.Corpus, queries: dict[str, str]
+) -> Iterator[tuple[str, list[tuple[str, float]]]]:
+    device = parallel.start(args.device)
+    from syntriever import encoding, search
+
+    encoder = encoding.Encoder(models.load(ref, device, args.max_length), args.backend, args.batch_tokens)
+    folder = ref.embeddings(args.dataset)
+    return search.top_k(encoder, corpus, folder, queries, args.top_k, args.dtype, args.index, args.recall, args.seed)
+
+
+def show(args: argparse.Namespace, ref: models.ModelRef, corpus: beir.Corpus) -> None:
+    """Print the top passages of `--query`."""
+    if not args.query.strip():
+        raise BadInput("--query is empty")
+    for _, hits in search(args, ref, corpus, {"query": args.query}):
+        for rank, (passage, score) in enumerate(hits, 1):
+            text = textwrap.fill(corpus.by_id(passage), 100, initial_indent="    ", subsequent_indent="    ", max_lines=5)
+            stage.say(f"\n{rank}.  {score:.4f}  {passage}\n{text}")
 
 
 if __name__ == "__main__":

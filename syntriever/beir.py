@@ -30,6 +30,7 @@ ARCHIVES = {
     "fiqa": "17918ed23cd04fb15047f73e6c3bd9d9",
     "arguana": "8ad3e3c2a5867cdced806d6503f29b99",
     "webis-touche2020": "46f650ba5a527fc69e0a6521c5a23563",
+    "cqadupstack": "4e41456d7df8ee7760a7f866133bda78",
     "quora": "18fb154900ba42a600f84b839c173167",
     "dbpedia-entity": "c2a39eb420a3164af735795df012ac2c",
     "scidocs": "38121350fc3a4d2f48850f6aff52e4a9",
@@ -37,6 +38,12 @@ ARCHIVES = {
     "climate-fever": "8b66f0a9126c521bae2bde127b4dc99d",
     "scifact": "5f7d1de60b170fc8027bb7898e2efca1",
 }
+
+# CQADupStack is twelve datasets in one archive; its score is the mean of theirs.
+FORUMS = [f"cqadupstack-{forum}" for forum in (
+    "android", "english", "gaming", "gis", "mathematica", "physics",
+    "programmers", "stats", "tex", "unix", "webmasters", "wordpress",
+)]  # fmt: skip
 
 # Queries of these two are themselves passages of the corpus; BEIR drops a query's own passage.
 SELF_RETRIEVAL = {"arguana", "quora"}
@@ -49,7 +56,12 @@ Qrels = dict[str, dict[str, int]]
 
 def is_dataset(name: str) -> bool:
     """True for a BEIR name, `pydocs`, or a folder `datasets/<name>/` with a corpus."""
-    return name in ARCHIVES or name == "pydocs" or paths.corpus(name).is_file()
+    return name in ARCHIVES or name in FORUMS or name == "pydocs" or paths.corpus(name).is_file()
+
+
+def parts(ds: str) -> list[str]:
+    """The datasets that a name stands for: the forums of `cqadupstack`, else itself."""
+    return FORUMS if ds == "cqadupstack" else [ds]
 
 
 def files(ds: str, *splits: str) -> list[Path]:
@@ -67,11 +79,14 @@ def ensure(ds: str, fetch: bool = True) -> None:
                 raise BadInput(f"{paths.shown(needed)} is missing; a dataset folder holds corpus.jsonl, queries.jsonl, qrels/")
     elif ds == "pydocs":
         raise BadInput("datasets/pydocs is not built yet. Run: python datasets/build_pydocs.py")
-    elif ds in ARCHIVES:
+    elif ds == "cqadupstack":
+        raise BadInput(f"cqadupstack is twelve datasets: {', '.join(FORUMS)}; only evaluate.py takes them together")
+    elif ds in ARCHIVES or ds in FORUMS:
         if fetch and parallel.world() > 1:
             raise BadInput(f"datasets/{ds} is not here yet: run any stage of it once without torchrun, which downloads it")
         if fetch:
-            download(ds, URL.format(ds), ARCHIVES[ds])
+            archive = ds.split("-")[0] if ds in FORUMS else ds
+            download(archive, URL.format(archive), ARCHIVES[archive])
     else:
         raise BadInput(
             f"unknown dataset {ds!r}: no folder {paths.shown(folder)}, and not one of pydocs, {', '.join(sorted(ARCHIVES))}"
@@ -79,7 +94,8 @@ def ensure(ds: str, fetch: bool = True) -> None:
 
 
 def download(ds: str, url: str, md5: str) -> None:
-    """Fetch, verify and unpack one archive; `datasets/<ds>/` appears only when all of it is good.
+    """Fetch, verify and unpack one archive; `datasets/<ds>/` appears only when all of it is good (of
+    `cqadupstack` a folder for each forum).
 
     Raises `Failed` on a network error, a short body or a wrong checksum.
     """
@@ -106,7 +122,9 @@ def download(ds: str, url: str, md5: str) -> None:
             raise Failed(f"{url}: MD5 is {digest.hexdigest()}, BEIR publishes {md5}; nothing was kept")
         try:
             unpack(archive, Path(folder) / "unpacked")
-            (Path(folder) / "unpacked" / ds).rename(target)
+            for name in parts(ds):
+                if not paths.dataset(name).is_dir():
+                    (Path(folder) / "unpacked" / name.replace("cqadupstack-", "cqadupstack/")).rename(paths.dataset(name))
         except (OSError, zipfile.BadZipFile) as error:
             raise Failed(f"cannot unpack {url} to {paths.shown(target)}/: {error}") from error
 

@@ -19,6 +19,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from syntriever import beir, jsonl, metrics, models, parallel, paths, search, stage
+from syntriever.encoding import Encoder
 from syntriever.errors import Failed
 
 
@@ -40,8 +41,8 @@ class DevScore:
 
     def __call__(self, model: Any) -> float:
         with models.at_length(model, self.max_length):
-            passages = search.encode(model, self.texts, "document")
-            scores = search.similarity(search.encode(model, list(self.queries.values()), "query"), passages)
+            encode = Encoder(model)
+            scores = search.similarity(encode(list(self.queries.values()), "query"), encode(self.texts, "document"))
         best = np.argsort(-scores, axis=1, kind="stable")[:, :10]
         run = {q: {self.ids[p]: float(scores[i, p]) for p in best[i]} for i, q in enumerate(self.queries)}
         return metrics.mean(metrics.evaluate(self.qrels, run, (10,))["nDCG@10"])

@@ -8,6 +8,7 @@ from syntriever.beir import Qrels
 
 Run = dict[str, dict[str, float]]  # query id -> passage id -> score
 Measures = dict[str, dict[str, float]]  # measure -> query id -> value
+Hits = list[tuple[str, float]]  # (passage id, score), best first
 
 KS = (1, 3, 5, 10, 100)
 

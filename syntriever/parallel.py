@@ -6,6 +6,8 @@ import os
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 if TYPE_CHECKING:
     import torch
 
@@ -54,6 +56,18 @@ def largest(value: int, device: torch.device) -> int:
     found = torch.tensor(value, device=device)
     distributed.all_reduce(found, distributed.ReduceOp.MAX)
     return int(found)
+
+
+def gather(array: np.ndarray) -> list[np.ndarray]:
+    """The arrays of all processes, which have one shape, in the order of the processes."""
+    import torch
+    from torch import distributed
+
+    device = "cuda" if distributed.get_backend() == "nccl" else "cpu"
+    own = torch.from_numpy(np.ascontiguousarray(array)).to(device)
+    parts = [torch.empty_like(own) for _ in range(world())]
+    distributed.all_gather(parts, own)
+    return [part.cpu().numpy() for part in parts]
 
 
 def wait() -> None:

@@ -95,6 +95,11 @@ def batches(path: Path) -> Path:
     return path.with_name(path.stem + ".batches.json")
 
 
+def report_html() -> Path:
+    """One page about the last evaluation."""
+    return home() / "results" / "report.html"
+
+
 def report(path: Path, suffix: str) -> Path:
     """What the judge's verdicts are worth, beside the preferences."""
     return path.with_name(path.stem + f".report{suffix}")

@@ -1,47 +1,28 @@
-"""Corpus embeddings in shards on disk, and top-k search over them.
-
-A shard is one `.npy` file (float32, unit rows) that appears under its name only when complete; a
-sidecar says which model and corpus made the folder, and is checked before any shard is read. Of a
-late-interaction encoder the rows are the tokens of one passage after the other, and a second file
-has the number of tokens of each.
-"""
+"""Top-k search over the embeddings of a corpus: exact, by MaxSim, or through a FAISS index."""
 
 from __future__ import annotations
 
-import json
-import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from syntriever import jsonl, models, paths, stage
+from syntriever import encoding, jsonl, parallel, paths, stage
 from syntriever.beir import Corpus
+from syntriever.encoding import Embeddings, Encoder
 from syntriever.errors import BadInput
+from syntriever.metrics import Hits
 
-SHARD = 50_000
-WINDOW = 512  # texts encoded between two steps of the progress bar
+BLOCK = 16  # shards that are searched at a time
 TRAINING_SAMPLE = 200_000  # passages that train an approximate index
+JUDGED = 200  # queries on which its recall is measured
 
-Hits = list[tuple[str, float]]
-
-
-def encode(model: Any, texts: Sequence[str], kind: str, batch_size: int = 32) -> Any:
-    """(len(texts), D) float32 unit vectors, or a list of (tokens, D) arrays by a late-interaction
-    encoder; `kind` is "query" or "document" and picks the prefix."""
-    if models.is_late(model):
-        options = {"batch_size": batch_size, "convert_to_numpy": True, "show_progress_bar": False}
-        tokens = model.encode(list(texts), prompt=model.prompts[kind] or None, task=kind, normalize_embeddings=True, **options)
-        return [np.asarray(vectors, np.float32) for vectors in tokens]
-    vectors = model.encode(
-        list(texts), prompt=model.prompts[kind] or None, batch_size=batch_size, normalize_embeddings=True, show_progress_bar=False
-    )
-    return np.asarray(vectors, np.float32)
+Found = tuple[np.ndarray, np.ndarray]  # (Q, k) scores, best first, and positions of the passages; -1 where there is none
 
 
 def similarity(queries: Any, passages: Any) -> np.ndarray:
-    """(Q, P) inner products of what `encode` returned, or MaxSim over the number of query tokens."""
+    """(Q, P) inner products of what an `Encoder` returned, or MaxSim over the number of query tokens."""
     if isinstance(passages, np.ndarray):
         product: np.ndarray = queries @ passages.T
         return product
@@ -50,163 +31,167 @@ def similarity(queries: Any, passages: Any) -> np.ndarray:
     return np.stack([np.maximum.reduceat(flat @ query.T, starts, axis=0).mean(1) for query in queries])
 
 
-class Embeddings:
-    """Embeddings of a corpus by one model: those on disk are reused, missing shards are encoded."""
-
-    def __init__(self, model: Any, corpus: Corpus, folder: Path, batch_size: int = 32) -> None:
-        from tqdm import tqdm
-
-        self.folder, self.count, self.late = folder, len(corpus), models.is_late(model)
-        sidecar = folder / "embeddings.json"
-        dim = model.get_embedding_dimension()
-        wanted = {
-            "model": models.fingerprint(model),
-            "corpus": stage.sha256(corpus.path),
-            "count": len(corpus),
-            "dim": dim,
-            "shard": SHARD,
-            "dtype": "float32",
-        }
-        if folder.is_dir() and _load_sidecar(sidecar) != wanted:
-            stage.say(f"note:  {paths.shown(folder)} is of another model or corpus; encoding anew")
-            shutil.rmtree(folder)
-        if not folder.is_dir():
-            jsonl.write_json(sidecar, wanted)
-        missing = [start for start in range(0, len(corpus), SHARD) if not self._shard(start).is_file()]
-        if not missing:
-            stage.say(f"read   {paths.shown(folder)}: {len(corpus):,} embeddings, made before")
-            return
-        todo = sum(min(SHARD, len(corpus) - start) for start in missing)
-        with tqdm(total=todo, unit="passage", desc="encode") as bar:
-            for start in missing:
-                stop = min(start + SHARD, len(corpus))
-                parts: list[np.ndarray] = []
-                for at in range(start, stop, WINDOW):
-                    end = min(at + WINDOW, stop)
-                    made = encode(model, list(corpus.texts(at, end)), "document", batch_size)
-                    parts += made if self.late else [made]
-                    bar.update(end - at)
-                if self.late:
-                    with jsonl.atomic(self._lengths(start)) as file:
-                        np.save(file, np.array([len(tokens) for tokens in parts]), allow_pickle=False)
-                with jsonl.atomic(self._shard(start)) as file:
-                    np.save(file, np.concatenate(parts), allow_pickle=False)
-        stage.say(f"wrote  {paths.shown(folder)}: {len(corpus):,} embeddings of {dim} dimensions")
-
-    def _shard(self, start: int) -> Path:
-        return self.folder / f"{start:012d}.npy"
-
-    def _lengths(self, start: int) -> Path:
-        return self.folder / f"{start:012d}.tokens.npy"
-
-    def shards(self) -> Iterator[tuple[int, np.ndarray]]:
-        """(position of the first row, (n, D) memory-mapped array) of every shard."""
-        for start in range(0, self.count, SHARD):
-            yield start, np.load(self._shard(start), mmap_mode="r", allow_pickle=False)
-
-    def token_blocks(self) -> Iterator[tuple[int, list[np.ndarray]]]:
-        """(position of the first passage, (tokens, D) arrays) of every `WINDOW` passages of a late-interaction encoder."""
-        for start, shard in self.shards():
-            ends = np.cumsum(np.load(self._lengths(start), allow_pickle=False))
-            passages = np.split(shard, ends[:-1])
-            for at in range(0, len(passages), WINDOW):
-                yield start + at, passages[at : at + WINDOW]
+def exact(embeddings: Embeddings, queries: Any, k: int, device: str = "cpu") -> Found:
+    """The best passages by inner product, or by MaxSim of a late-interaction encoder. Each process of a
+    run searches its share of the shards, and all have the result."""
+    best = _scan(embeddings, embeddings.starts[parallel.rank() :: parallel.world()], queries, k, device)
+    if parallel.world() > 1:
+        missing = ((0, 0), (0, k - best[0].shape[1]))
+        padded = np.pad(best[0], missing, constant_values=-np.inf), np.pad(best[1], missing, constant_values=-1)
+        best = _merge(k, list(zip(*map(parallel.gather, padded), strict=True)))
+    return best
 
 
-def _load_sidecar(path: Path) -> Any:
-    try:
-        return json.loads(path.read_bytes())
-    except (OSError, ValueError):
-        return None  # none, or a torn one: whatever lies beside it is not to be trusted
-
-
-def exact(embeddings: Embeddings, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """(Q, k) scores and positions of the best passages by inner product; memory is one shard."""
-    import faiss
-
-    best_scores = np.empty((len(queries), 0), np.float32)
-    best_positions = np.empty((len(queries), 0), np.int64)
-    for start, shard in embeddings.shards():
-        index = faiss.IndexFlatIP(shard.shape[1])
-        index.add(np.ascontiguousarray(shard))
-        scores, positions = index.search(queries, min(k, len(shard)))
-        best_scores, best_positions = _best(k, [best_scores, scores], [best_positions, positions + start])
-    return best_scores, best_positions
-
-
-def max_sim(embeddings: Embeddings, queries: list[np.ndarray], k: int) -> tuple[np.ndarray, np.ndarray]:
-    """The same by MaxSim of token embeddings, over every passage."""
+def _scan(embeddings: Embeddings, own: Sequence[int], queries: Any, k: int, device: str = "cpu") -> Found:
+    """The best passages of the shards `own`. Memory is one block of them, on `device`."""
     from tqdm import tqdm
 
-    best_scores = np.empty((len(queries), 0), np.float32)
-    best_positions = np.empty((len(queries), 0), np.int64)
-    with tqdm(total=embeddings.count, unit="passage", desc="MaxSim") as bar:
-        for start, passages in embeddings.token_blocks():
-            scores = similarity(queries, passages)
-            positions = np.broadcast_to(np.arange(start, start + len(passages)), scores.shape)
-            best_scores, best_positions = _best(k, [best_scores, scores], [best_positions, positions])
-            bar.update(len(passages))
-    return best_scores, best_positions
+    best: Found = np.empty((len(queries), 0), np.float32), np.empty((len(queries), 0), np.int64)
+    size = 1 if embeddings.late else BLOCK
+    with tqdm(total=len(own) * encoding.SHARD, unit="passage", desc="search", delay=2, disable=parallel.rank() > 0) as bar:
+        for starts in (own[at : at + size] for at in range(0, len(own), size)):
+            if embeddings.late:
+                scores = similarity(queries, embeddings.passages(starts[0]))
+                rows = np.broadcast_to(np.arange(scores.shape[1]), scores.shape)
+            else:
+                scores, rows = _best_of_block(queries, embeddings.block(starts), k, device)
+            # Rows of the block to positions in the corpus: the shards of a block need not be neighbours.
+            positions = np.asarray(starts)[rows // encoding.SHARD] + rows % encoding.SHARD
+            best = _merge(k, [best, (scores, positions)])
+            bar.update(len(starts) * encoding.SHARD)
+    return best
 
 
-def _best(k: int, scores: list[np.ndarray], positions: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    """The k best of (Q, n) scores and their positions; among equals the earlier."""
-    all_scores, all_positions = np.concatenate(scores, axis=1), np.concatenate(positions, axis=1)
-    order = np.argsort(-all_scores, axis=1, kind="stable")[:, :k]
-    return np.take_along_axis(all_scores, order, 1), np.take_along_axis(all_positions, order, 1)
-
-
-def approximate(embeddings: Embeddings, queries: np.ndarray, k: int, factory: str, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """The same through a FAISS index-factory string, trained on a sample; prints its recall
-    against exact search. Positions are -1 where the index returned fewer than k."""
+def _best_of_block(queries: np.ndarray, block: np.ndarray, k: int, device: str) -> Found:
+    k = min(k, len(block))
+    if device.startswith("cuda"):
+        return _on_device(queries, block, k, device)
     import faiss
 
-    dim = queries.shape[1]
-    try:
-        index = faiss.index_factory(dim, factory, faiss.METRIC_INNER_PRODUCT)
-    except RuntimeError:
-        raise BadInput(f"--index {factory!r} is not a FAISS index-factory string for {dim} dimensions") from None
-    if not index.is_trained:
-        rng, sample = np.random.default_rng(seed), []
-        for _, shard in embeddings.shards():
-            share = min(len(shard), round(len(shard) * TRAINING_SAMPLE / embeddings.count) or 1)
-            sample.append(shard[np.sort(rng.choice(len(shard), share, replace=False))])
-        try:
-            index.train(np.concatenate(sample))
-        except RuntimeError as error:
-            raise BadInput(
-                f"--index {factory!r} cannot be trained on {embeddings.count:,} passages: {str(error).splitlines()[-1]}"
-            ) from None
-    for _, shard in embeddings.shards():
-        index.add(np.ascontiguousarray(shard))
+    scores, rows = faiss.knn(queries, block, k, metric=faiss.METRIC_INNER_PRODUCT)
+    return scores, rows
+
+
+def _on_device(queries: np.ndarray, block: np.ndarray, k: int, device: str, at_a_time: int = 4_096) -> Found:
+    """The same in torch: FAISS from PyPI has no GPU."""
+    import torch
+
+    passages = torch.from_numpy(block).to(device).T
+    parts = [
+        torch.topk(torch.from_numpy(part).to(device) @ passages, k)
+        for part in np.split(queries, range(at_a_time, len(queries), at_a_time))
+    ]
+    return tuple(np.concatenate([made.cpu().numpy() for made in column]) for column in zip(*parts, strict=True))  # type: ignore[return-value]
+
+
+def _merge(k: int, found: Sequence[Found]) -> Found:
+    """The k best of several; among equal scores the earlier passage."""
+    scores, positions = (np.concatenate(part, axis=1) for part in zip(*found, strict=True))
+    order = np.lexsort((positions, -scores))[:, :k]
+    return np.take_along_axis(scores, order, 1), np.take_along_axis(positions, order, 1)
+
+
+def approximate(embeddings: Embeddings, queries: np.ndarray, k: int, factory: str, seed: int, recall: float) -> Found:
+    """The same through a FAISS index-factory string, trained on a sample. What an inverted file or a
+    graph looks at (`nprobe`, `efSearch`) is doubled until `recall` of the exact top k is found; prints both.
+
+    The index is kept beside the embeddings and used again.
+    """
+    import faiss
+
+    index = _index(embeddings, factory, seed)
+    some = queries[np.random.default_rng(seed).permutation(len(queries))[:JUDGED]]
+    truth = _scan(embeddings, embeddings.starts, some, k)[1]
+
+    def measure() -> float:
+        return float(
+            np.mean([len(set(a) & set(b)) / k for a, b in zip(truth.tolist(), index.search(some, k)[1].tolist(), strict=True)])
+        )
+
+    parameters = faiss.ParameterSpace()
+    inner = faiss.try_extract_index_ivf(index)
+    name, most = ("nprobe", inner.nlist) if inner else ("efSearch", 4_096)
+    effort, reached = 1 if inner else 16, 0.0
+    tunable = inner is not None or "HNSW" in factory
+    while True:
+        if tunable:
+            parameters.set_index_parameter(index, name, effort)
+        reached = measure()
+        if not tunable or reached >= recall or effort >= most:
+            break
+        effort = min(2 * effort, most)
+    how = f" with {name} {effort}" if tunable else ""
+    stage.say(f"note:  --index {factory}{how} finds {reached:.4f} of the exact top {k} ({len(some)} queries)")
     scores, positions = index.search(queries, k)
-    some = slice(0, 200)
-    truth = exact(embeddings, queries[some], k)[1]
-    overlap = [len(set(a) & set(b)) / k for a, b in zip(truth.tolist(), positions[some].tolist(), strict=True)]
-    stage.say(f"note:  --index {factory} finds {np.mean(overlap):.4f} of the exact top {k} ({len(overlap)} queries)")
     return scores, positions
 
 
+def _index(embeddings: Embeddings, factory: str, seed: int) -> Any:
+    """The filled index: from its file, where the sidecar says that it is of these embeddings."""
+    import faiss
+
+    path, sidecar = embeddings.folder / "index.faiss", embeddings.folder / "index.json"
+    wanted = {
+        "factory": factory,
+        "seed": seed,
+        "faiss": faiss.__version__,
+        "embeddings": encoding.load_sidecar(embeddings.sidecar),
+    }
+    if path.is_file() and encoding.load_sidecar(sidecar) == wanted | {"bytes": path.stat().st_size}:
+        stage.say(f"read   {paths.shown(path)}, made before")
+        return faiss.read_index(str(path))
+    try:
+        index = faiss.index_factory(embeddings.dim, factory, faiss.METRIC_INNER_PRODUCT)
+    except RuntimeError:
+        raise BadInput(f"--index {factory!r} is not a FAISS index-factory string for {embeddings.dim} dimensions") from None
+    blocks = [embeddings.starts[at : at + BLOCK] for at in range(0, len(embeddings.starts), BLOCK)]
+    if not index.is_trained:
+        rng, sample = np.random.default_rng(seed), []
+        share = min(1.0, TRAINING_SAMPLE / embeddings.count)
+        for starts in blocks:
+            block = embeddings.block(starts)
+            sample.append(block[np.sort(rng.choice(len(block), max(1, round(len(block) * share)), replace=False))])
+        try:
+            index.train(np.concatenate(sample))
+        except RuntimeError as error:
+            message = str(error).splitlines()[-1]
+            raise BadInput(f"--index {factory!r} cannot be trained on {embeddings.count:,} passages: {message}") from None
+    from tqdm import tqdm
+
+    with tqdm(total=embeddings.count, unit="passage", desc="index", delay=2) as bar:
+        for starts in blocks:
+            block = embeddings.block(starts)
+            index.add(block)
+            bar.update(len(block))
+    with jsonl.atomic(path) as file:
+        faiss.write_index(index, faiss.PyCallbackIOWriter(file.write))  # type: ignore[attr-defined]
+    jsonl.write_json(sidecar, wanted | {"bytes": path.stat().st_size})
+    return index
+
+
 def top_k(
-    model: Any,
+    encoder: Encoder,
     corpus: Corpus,
     folder: Path,
     queries: dict[str, str],
     k: int,
+    dtype: str = "float32",
     factory: str | None = None,
+    recall: float = 0.95,
     seed: int = 42,
-    batch_size: int = 32,
-) -> dict[str, Hits]:
-    """{query id: [(passage id, score), ...] best first} over the whole corpus."""
-    if factory and models.is_late(model):
+) -> Iterator[tuple[str, Hits]]:
+    """(query id, [(passage id, score), ...]) of every query over the whole corpus: best first, and among
+    equal scores as trec_eval orders them. Of several processes the first gets it, the others nothing."""
+    if factory and encoder.late:
         raise BadInput("--index: a late-interaction encoder is searched exactly, by MaxSim")
-    embeddings = Embeddings(model, corpus, folder, batch_size)
-    vectors = encode(model, list(queries.values()), "query", batch_size)
-    if models.is_late(model):
-        search = max_sim(embeddings, vectors, k)
-    else:
-        search = approximate(embeddings, vectors, k, factory, seed) if factory else exact(embeddings, vectors, k)
-    return {
-        query: [(corpus.id(p), float(s)) for s, p in zip(scores, positions, strict=True) if p >= 0]
-        for query, scores, positions in zip(queries, *search, strict=True)
-    }
+    embeddings = encoding.embed(encoder, corpus, folder, dtype)
+    vectors = encoder(list(queries.values()), "query")
+    if factory and parallel.rank() == 0:
+        found = approximate(embeddings, vectors, k, factory, seed, recall)
+    elif not factory:
+        found = exact(embeddings, vectors, k, str(encoder.model.device))
+    if parallel.rank():
+        return
+    for query, scores, positions in zip(queries, *found, strict=True):
+        hits = [(corpus.id(p), float(s)) for s, p in zip(scores, positions, strict=True) if p >= 0]
+        yield query, sorted(hits, key=lambda hit: hit[::-1], reverse=True)

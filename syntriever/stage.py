@@ -152,6 +152,11 @@ def _script() -> str:
     return str(path.relative_to(paths.CODE)) if path.is_relative_to(paths.CODE) else str(path)
 
 
+def command() -> str:
+    """The running command as the user would type it."""
+    return shlex.join(["python", _script(), *sys.argv[1:]])
+
+
 def versions() -> dict[str, str]:
     found = {"python": platform.python_version()}
     for package in PACKAGES:
@@ -225,6 +230,37 @@ def next_command(*words: str) -> None:
     say("next:  " + " ".join(words))
 
 
+def add_encoding_options(parser: argparse.ArgumentParser) -> None:
+    """Options of the stages that embed a corpus."""
+    group = parser.add_argument_group("encoding")
+    group.add_argument("--max-length", type=int, help="tokens kept of each text (default: the model's own)")
+    group.add_argument(
+        "--backend",
+        choices=("torch", "compile", "onnx", "onnx-int8"),
+        default="torch",
+        help="what runs the encoder: onnx and onnx-int8 (quantised, other vectors) are faster on a CPU, compile on a GPU "
+        "(default: %(default)s)",
+    )
+    group.add_argument(
+        "--batch-tokens", type=int, help="tokens per forward pass, padding counted (default: what suits the device)"
+    )
+    group.add_argument(
+        "--dtype", choices=("float32", "float16"), default="float32", help="of the vectors on disk (default: %(default)s)"
+    )
+    group.add_argument("--device", help="cpu, cuda, cuda:1, mps (default: the best there is)")
+    group.add_argument("--name", help="short name for file names, where the model is a folder or a Hub id")
+    group.add_argument("--strict", action="store_true", help="refuse judgements of ids that the dataset lacks")
+    group.add_argument("--force", action="store_true", help="go on where a checkpoint is stale")
+
+
+def check_positive(args: argparse.Namespace, *names: str) -> None:
+    """`BadInput` where one of these options is given and not above 0."""
+    for name in names:
+        value = getattr(args, name)
+        if value is not None and not value > 0:
+            raise BadInput(f"--{name.replace('_', '-')} must be positive, not {value}")
+
+
 def add_training_options(parser: argparse.ArgumentParser, *, epochs: float, batch_size: int, lr: float) -> None:
     """Options of both training stages."""
     group = parser.add_argument_group("training")
@@ -260,9 +296,6 @@ def add_training_options(parser: argparse.ArgumentParser, *, epochs: float, batc
 
 
 def check_training_options(args: argparse.Namespace) -> None:
-    for name in ("epochs", "batch_size", "lr", "temperature", "max_length", "dev_pool", "dev_queries", "mini_batch_size"):
-        value = getattr(args, name)
-        if value is not None and not value > 0:
-            raise BadInput(f"--{name.replace('_', '-')} must be positive, not {value}")
+    check_positive(args, "epochs", "batch_size", "lr", "temperature", "max_length", "dev_pool", "dev_queries", "mini_batch_size")
     if not 0 <= args.warmup < 1:
         raise BadInput(f"--warmup is a share between 0 and 1, not {args.warmup}")

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from syntriever import checkpoint, jsonl, models, parallel, paths, search, stage
+from syntriever import checkpoint, encoding, jsonl, models, parallel, paths, stage
 from syntriever.errors import Failed
 from syntriever.journal import DevScore, Journal, card, draw
 
@@ -204,7 +204,8 @@ def embed(model: Any, texts: Iterable[str], count: int, kind: str, max_length: i
             shape.insert(1, models.longest(model, kind))
         if parallel.rank() == 0:
             array = np.lib.format.open_memmap(path, "w+", np.float32, tuple(shape))
-            made = (vectors for window in batched(texts, search.WINDOW) for vectors in search.encode(model, window, kind))
+            encode = encoding.Encoder(model)
+            made = (vectors for window in batched(texts, encoding.SHARD) for vectors in encode(window, kind))
             for row, vectors in enumerate(tqdm(made, total=count, desc=f"reference {kind}")):
                 array[row][: len(vectors)] = vectors  # the first tokens, or all of one vector
             array.flush()

@@ -1,9 +1,11 @@
 """A tiny dataset from real docstrings, a tiny random encoder, and a way to run a script in-process."""
 
+import hashlib
 import importlib.util
 import itertools
 import json
 import os
+import shutil
 import sys
 import sysconfig
 from pathlib import Path
@@ -12,6 +14,16 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+FAST = ["--batch-size", "12", "--lr", "1e-3", "--max-length", "32", "--device", "cpu"]
+SFT = "e5-small-tiny-sft"
+
+
+def log_of(folder):
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def digest(path):
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def load_script(path):
@@ -42,6 +54,11 @@ def run_script(capsys, monkeypatch):
         return code, captured.out, captured.err
 
     return run
+
+
+def library(model, texts, kind):
+    """Vectors by sentence-transformers itself."""
+    return model.encode(list(texts), prompt=model.prompts[kind] or None, normalize_embeddings=True, show_progress_bar=False)
 
 
 def write_jsonl(path, rows):
@@ -122,6 +139,27 @@ def fill_home(folder, docstrings):
     write_jsonl(folder / "datasets" / "tiny_synthetic.jsonl", rows)
 
 
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory, tiny_encoder, docstrings):
+    """A data folder in which stage 1 was run, once for all tests."""
+    folder = tmp_path_factory.mktemp("trained")
+    fill_home(folder, docstrings)
+    from syntriever import stage
+
+    script = load_script("train_stage1.py")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SYNTRIEVER_HOME", str(folder))
+        patch.setattr(sys, "argv", [str(ROOT / "train_stage1.py"), str(tiny_encoder), "tiny", "--epochs", "2", *FAST])
+        assert stage.run(script.main, script.parse_args) == 0
+    return folder
+
+
+@pytest.fixture
+def stage1(home, trained):
+    shutil.copytree(trained, home, dirs_exist_ok=True)
+    return home / "output" / f"{SFT}-tiny"
+
+
 @pytest.fixture
 def lab(tmp_path, monkeypatch):
     """Data folder with the dataset `tiny`: 12 training queries, 20 passages."""
@@ -155,8 +193,6 @@ def run(lab, run_script):
 def tiny_colbert(tiny_encoder, tmp_path_factory):
     """The tiny encoder in the format of Stanford's ColBERT checkpoints: projection beside the weights of
     the backbone, query expansion, markers, and lengths in `artifact.metadata`."""
-    import shutil
-
     import torch
     from safetensors.torch import load_file, save_file
 

@@ -1,50 +1,17 @@
 """Training, retrieval, stage 2 and evaluation: the real scripts on a tiny real input."""
 
-import hashlib
 import json
 import math
 import os
-import shutil
 import subprocess
 import sys
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, fill_home, load_script, write_jsonl
+from conftest import FAST, ROOT, SFT, digest, load_script, log_of, write_jsonl
 
-from syntriever import beir, journal, metrics, models, search, stage, training
-
-FAST = ["--batch-size", "12", "--lr", "1e-3", "--max-length", "32", "--device", "cpu"]
-SFT = "e5-small-tiny-sft"
-
-
-def log_of(folder):
-    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-
-
-def digest(path):
-    return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-@pytest.fixture(scope="session")
-def trained(tmp_path_factory, tiny_encoder, docstrings):
-    """A data folder in which stage 1 was run, once for all tests."""
-    folder = tmp_path_factory.mktemp("trained")
-    fill_home(folder, docstrings)
-    script = load_script("train_stage1.py")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("SYNTRIEVER_HOME", str(folder))
-        patch.setattr(sys, "argv", [str(ROOT / "train_stage1.py"), str(tiny_encoder), "tiny", "--epochs", "2", *FAST])
-        assert stage.run(script.main, script.parse_args) == 0
-    return folder
-
-
-@pytest.fixture
-def stage1(home, trained):
-    shutil.copytree(trained, home, dirs_exist_ok=True)
-    return home / "output" / f"{SFT}-tiny"
-
+from syntriever import beir, journal, models, training
 
 # --- batches
 
@@ -84,7 +51,7 @@ def test_collator_encodes_each_text_once_and_absent_ones_not_at_all(tiny_encoder
 
     _, parts = training.backward(model.eval(), batch, lambda embeddings, labels: (embeddings.sum(), {"all": embeddings}), 0)
     embeddings = parts["all"]
-    expected = search.encode(model, ["what is a set"], "query"), search.encode(model, ["a finite container"], "document")
+    expected = library(model, ["what is a set"], "query"), library(model, ["a finite container"], "document")
     for place, vector in zip((places[0, 0], places[0, 1]), expected, strict=True):
         np.testing.assert_allclose(embeddings[place].numpy(), vector[0], atol=1e-6)
 
@@ -190,79 +157,6 @@ def test_a_loss_that_is_not_finite_stops_at_once(stage1, home, tiny_encoder, run
     assert digest(stage1 / "model.safetensors") == before
 
 
-# --- retrieval
-
-
-def brute_force(model, corpus, queries):
-    passages = search.encode(model, list(corpus.texts()), "document")
-    return search.encode(model, queries, "query") @ passages.T
-
-
-@pytest.mark.parametrize("shard", [7, 60, 1000])
-def test_sharded_search_equals_brute_force(home, tiny_encoder, monkeypatch, shard):
-    monkeypatch.setattr(search, "SHARD", shard)
-    monkeypatch.setattr(search, "WINDOW", 5)
-    model, corpus = models.load(models.resolve(str(tiny_encoder), "tiny"), "cpu"), beir.Corpus("tiny")
-    queries = beir.load_queries("tiny")
-    hits = search.top_k(model, corpus, home / "embeddings", queries, 10)
-    scores = brute_force(model, corpus, list(queries.values()))
-    for row, found in zip(scores, hits.values(), strict=True):
-        positions = [corpus.position(passage) for passage, _ in found]
-        assert len(set(positions)) == 10
-        # Passages closer than rounding may change places, so their scores are compared.
-        np.testing.assert_allclose(row[positions], np.sort(row)[::-1][:10], atol=1e-5)
-        np.testing.assert_allclose([score for _, score in found], row[positions], atol=1e-5)
-
-
-def test_only_missing_shards_are_encoded_and_another_model_is_refused(home, tiny_encoder, monkeypatch, capsys):
-    monkeypatch.setattr(search, "SHARD", 25)
-    model, corpus = models.load(models.resolve(str(tiny_encoder), "tiny"), "cpu"), beir.Corpus("tiny")
-    encoded = []
-    real = search.encode
-    monkeypatch.setattr(search, "encode", lambda m, texts, *a, **k: encoded.append(len(texts)) or real(m, texts, *a, **k))
-    folder = home / "embeddings"
-    search.Embeddings(model, corpus, folder)
-    assert sum(encoded) == 60
-    before = {path.name: digest(path) for path in folder.glob("*.npy")}
-    assert len(before) == 3
-    sorted(folder.glob("*.npy"))[1].unlink()
-    encoded.clear()
-    search.Embeddings(model, corpus, folder)
-    assert sum(encoded) == 25
-    assert {path.name: digest(path) for path in folder.glob("*.npy")} == before
-    encoded.clear()
-    search.Embeddings(model, corpus, folder)
-    assert not encoded
-    with torch.no_grad():
-        next(model.parameters())[0, 0] += 1e-3  # same shapes, other weights
-    search.Embeddings(model, corpus, folder)
-    assert sum(encoded) == 60
-    assert "another model or corpus" in capsys.readouterr().out
-
-
-def test_retrieval_writes_the_top_of_every_training_query(stage1, home, run_script):
-    code, out, err = run_script("retrieval.py", SFT, "tiny", "--top-k", 8, "--device", "cpu")
-    assert code == 0, err
-    rows = [json.loads(line) for line in (home / "stage2" / f"{SFT}_tiny_top8.jsonl").read_text().splitlines()]
-    queries, qrels = beir.load_split("tiny", "train")
-    assert [row["query_id"] for row in rows] == list(queries)
-    for row in rows:
-        scores = [passage["score"] for passage in row["passages"]]
-        assert len({passage["id"] for passage in row["passages"]}) == 8
-        assert scores == sorted(scores, reverse=True)
-        assert row["query"] == queries[row["query_id"]]
-    assert (stage1 / "embeddings" / "tiny" / "embeddings.json").is_file()
-
-
-def test_an_approximate_index_reports_its_recall(stage1, run_script):
-    code, out, err = run_script("retrieval.py", SFT, "tiny", "--top-k", 8, "--index", "IVF1,Flat", "--device", "cpu")
-    assert code == 0, err
-    assert "finds 1.0000 of the exact top 8" in out
-    code, out, err = run_script("retrieval.py", SFT, "tiny", "--top-k", 8, "--index", "Nonsense7", "--device", "cpu")
-    assert code == 2
-    assert "Nonsense7" in err
-
-
 # --- stage 2
 
 
@@ -312,37 +206,6 @@ def test_beta_zero_and_bradley_terry(stage1, home, preferences, run_script):
     for row in log_of(home / "output" / "e5-small-tiny-final-tiny"):
         if "loss" in row:
             assert row["loss"] == pytest.approx(row["preference"], abs=1e-3)
-
-
-# --- evaluation
-
-
-def test_evaluate_writes_measures_run_and_picture(stage1, home, tiny_encoder, run_script):
-    code, out, err = run_script("evaluate.py", "bm25", str(tiny_encoder), SFT, "tiny", "--ks", "1,5,10", "--device", "cpu")
-    assert code == 0, err
-    for name in ("bm25", "e5-small-tiny", SFT):
-        result = json.loads((home / "results" / f"{name}_tiny_test.json").read_text())
-        assert result["queries"] == 12 == len(result["per_query"])
-        run: metrics.Run = {}
-        for line in (home / "results" / f"{name}_tiny_test.trec").read_text().splitlines():
-            query, q0, passage, rank, score, tag = line.split()
-            run.setdefault(query, {})[passage] = float(score)
-            assert (q0, tag) == ("Q0", name)
-        again = metrics.evaluate(beir.load_qrels("tiny", "test"), run, (1, 5, 10))
-        for measure, values in again.items():
-            assert result["measures"][measure] == pytest.approx(metrics.mean(values), abs=1e-6)
-        assert (home / "results" / f"{name}_tiny_test.png").read_bytes().startswith(b"\x89PNG")
-        assert f"\n{name} " in out or f"\n{tiny_encoder}" in out
-    assert result["tests"].keys() == {"bm25", str(tiny_encoder)}
-    assert "two-sided p" in out
-
-
-def test_evaluate_zero_shot_keeps_results_apart(stage1, home, docstrings, run_script):
-    shutil.copytree(home / "datasets" / "tiny", home / "datasets" / "other")
-    code, out, err = run_script("evaluate.py", SFT, "tiny", "other", "--trained-on", "tiny", "--ks", "10", "--device", "cpu")
-    assert code == 0, err
-    assert (home / "results" / f"{SFT}-tiny_other_test.json").is_file()
-    assert "average" in out
 
 
 # --- bad input: exit 2, a message that names what is wrong, nothing heavy loaded

@@ -17,6 +17,7 @@ from conftest import ROOT, fill_home, load_script, write_jsonl
 from safetensors.torch import load_file
 
 from syntriever import journal, models, search, training
+from syntriever.encoding import Encoder
 
 train_stage1, train_stage2 = load_script("train_stage1.py"), load_script("train_stage2.py")
 TAU = 0.05
@@ -569,8 +570,8 @@ def test_training_sees_the_vectors_that_the_library_encodes(tiny_colbert, docstr
     seen = {}
     training.backward(model, batch, lambda e, labels: (e.sum(), seen.update(e=e.detach(), labels=labels) or {}), 0)
     with models.at_length(model, 32):
-        queries = search.encode(model, [docstrings[row][1] for row in (4, 7)], "query")
-        passages = search.encode(model, [docstrings[row][2] for row in (4, 7)], "document")
+        queries = Encoder(model)([docstrings[row][1] for row in (4, 7)], "query")
+        passages = Encoder(model)([docstrings[row][2] for row in (4, 7)], "document")
     for row in (0, 1):
         for place, vectors in ((seen["labels"][row, 0], queries[row]), (seen["labels"][row, 1], passages[row])):
             made = seen["e"][place]

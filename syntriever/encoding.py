@@ -1,0 +1,240 @@
+"""From texts to vectors: batches under a token budget, and the embeddings of a corpus in shards on disk.
+
+A shard is one window of the corpus: its texts are sorted by length and go through the encoder together.
+It is one `.npy` file of unit rows that appears under its name only when complete; a sidecar says what
+made the folder, and is checked before any shard is read. Of a late-interaction encoder the rows are the
+tokens of one passage after the other, and a second file has the number of tokens of each.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from syntriever import jsonl, models, parallel, paths, stage
+from syntriever.beir import Corpus
+from syntriever.errors import BadInput, Failed
+
+SHARD = 4_096  # passages of one shard: what a kill may cost
+CPU_TOKENS, GPU_TOKENS = 1_024, 32_768  # padded tokens of one forward pass: they fill the device, and little is padded
+
+
+class Encoder:
+    """Unit vectors of texts by `model` on `backend`, with at most `batch_tokens` padded tokens a
+    forward pass (None: what suits the device). On a GPU torch computes in bfloat16.
+
+    When a forward pass runs out of memory it is done again in halves, and so are those after it.
+    """
+
+    def __init__(self, model: Any, backend: str = "torch", batch_tokens: int | None = None) -> None:
+        import torch
+
+        self.model, self.late, self.backend = model, models.is_late(model), backend
+        self.dim = int(model.get_embedding_dimension())
+        cuda = model.device.type == "cuda"
+        self.budget = batch_tokens or (GPU_TOKENS if cuda else CPU_TOKENS)
+        self.workers = 1
+        self._bf16 = cuda and torch.cuda.is_bf16_supported(including_emulation=False)
+        self._forward: Callable[[dict[str, Any]], np.ndarray] = self._torch
+        model.eval()
+        if self.late and backend != "torch":
+            raise BadInput(f"--backend {backend}: a late-interaction encoder runs on torch only")
+        if backend == "compile":
+            encoder = model[0].auto_model
+            encoder.forward = torch.compile(encoder.forward, dynamic=True)
+        elif backend.startswith("onnx"):
+            from syntriever import onnx_backend
+
+            # One thread for each forward pass: on a CPU two passes side by side beat one in two threads.
+            self.workers = torch.get_num_threads()
+            self._forward = onnx_backend.session(model, quantize=backend == "onnx-int8")
+
+    def settings(self) -> dict[str, Any]:
+        """What decides an embedding of a passage."""
+        return {
+            "model": models.fingerprint(self.model),
+            "prefix": self.model.prompts["document"],
+            "max_length": self.model.max_seq_length,
+            "dim": self.dim,
+            "backend": self.backend + (" bfloat16" if self._bf16 else ""),
+        }
+
+    def __call__(self, texts: Sequence[str], kind: str, ids: list[list[int]] | None = None) -> Any:
+        """(len(texts), D) float32 unit vectors, or a list of (tokens, D) arrays by a late-interaction
+        encoder. `kind` is "query" or "document" and picks the prefix; `ids` is `tokenize` of the texts."""
+        if self.late:
+            return self._late(texts, kind)
+        ids = ids or self.tokenize(texts, kind)
+        made = np.empty((len(ids), self.dim), np.float32)
+
+        def run(batch: np.ndarray) -> None:
+            for part in self._within_budget(batch, ids):
+                self._run(part, ids, made)
+
+        # The longest first, so that what is too much for the memory shows at once.
+        order = np.argsort([-len(tokens) for tokens in ids], kind="stable")
+        with ThreadPoolExecutor(self.workers) as pool:
+            for _ in pool.map(run, list(self._within_budget(order, ids))):
+                pass
+        return made
+
+    def tokenize(self, texts: Sequence[str], kind: str) -> list[list[int]]:
+        """Token ids, prefix included; nothing for a late-interaction encoder, which does more than that."""
+        return [] if self.late else models.tokenize(self.model, [(kind, text) for text in texts])
+
+    def _within_budget(self, order: np.ndarray, ids: list[list[int]]) -> Iterator[np.ndarray]:
+        """Cut text numbers, longest text first, into batches."""
+        start = 0
+        while start < len(order):
+            size = max(1, self.budget // max(1, len(ids[order[start]])))
+            yield order[start : start + size]
+            start += size
+
+    def _run(self, batch: np.ndarray, ids: list[list[int]], made: np.ndarray) -> None:
+        longest = len(ids[batch[0]])
+        try:
+            made[batch] = self._forward(models.pad(self.model, [("", "")] * len(batch), [ids[text] for text in batch]))
+            return
+        except Exception as error:
+            if not _out_of_memory(error):
+                raise
+            if len(batch) == 1:
+                message = f"out of memory for a single text of {longest} tokens; lower --max-length"
+                raise Failed(message) from error
+        # Here the error and the tensors that it held are gone.
+        smaller = len(batch) // 2 * longest
+        if smaller < self.budget:
+            self.budget = smaller
+            stage.say(f"note:  out of memory; going on with --batch-tokens {smaller}")
+        if self.model.device.type == "cuda":
+            import torch
+
+            torch.cuda.empty_cache()
+        for part in self._within_budget(batch, ids):
+            self._run(part, ids, made)
+
+    def _torch(self, tokens: dict[str, Any]) -> np.ndarray:
+        import torch
+
+        device = self.model.device
+        with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=self._bf16):
+            vectors = models.forward(self.model, {name: value.to(device) for name, value in tokens.items()}, "")
+        return torch.nn.functional.normalize(vectors, dim=1).cpu().numpy() if self._bf16 else vectors.cpu().numpy()
+
+    def _late(self, texts: Sequence[str], kind: str) -> list[np.ndarray]:
+        size = max(1, self.budget // models.longest(self.model, kind))
+        options = {"batch_size": size, "convert_to_numpy": True, "show_progress_bar": False, "normalize_embeddings": True}
+        made = self.model.encode(list(texts), prompt=self.model.prompts[kind] or None, task=kind, **options)
+        return [np.asarray(vectors, np.float32) for vectors in made]
+
+
+def _out_of_memory(error: Exception) -> bool:
+    """Of a GPU, of the CPU's allocator in torch, or of onnxruntime."""
+    return isinstance(error, MemoryError) or "out of memory" in str(error) or "allocate memory" in str(error)
+
+
+class Embeddings:
+    """The shards of a corpus in a folder. Raises `BadInput` where one is not what the sidecar says."""
+
+    def __init__(self, folder: Path, count: int, dim: int, dtype: str, late: bool) -> None:
+        self.folder, self.count, self.dim, self.dtype, self.late = folder, count, dim, np.dtype(dtype), late
+        self.sidecar = folder / "embeddings.json"
+        self.starts = range(0, count, SHARD)
+
+    def path(self, start: int) -> Path:
+        return self.folder / f"{start:012d}.npy"
+
+    def lengths(self, start: int) -> Path:
+        return self.folder / f"{start:012d}.tokens.npy"
+
+    def shard(self, start: int) -> np.ndarray:
+        """Memory-mapped (passages, D) array of the passages from `start`, or (tokens, D)."""
+        path, rows = self.path(start), min(SHARD, self.count - start)
+        try:
+            made: np.ndarray = np.load(path, mmap_mode="r", allow_pickle=False)
+            if self.late:
+                ends = np.load(self.lengths(start), allow_pickle=False)
+                rows = int(ends.sum()) if len(ends) == rows else -1
+        except (ValueError, EOFError) as error:
+            raise BadInput(f"{paths.shown(path)}: not a shard ({error}); delete it and run again") from None
+        if made.shape != (rows, self.dim) or made.dtype != self.dtype:
+            raise BadInput(
+                f"{paths.shown(path)}: {made.shape} {made.dtype} is not what its sidecar says; delete it and run again"
+            )
+        return made
+
+    def block(self, starts: Sequence[int]) -> np.ndarray:
+        """(passages, D) float32 array of several shards, one after the other."""
+        return np.concatenate([self.shard(start) for start in starts]).astype(np.float32, copy=False)
+
+    def passages(self, start: int) -> list[np.ndarray]:
+        """(tokens, D) float32 arrays of a shard of a late-interaction encoder."""
+        ends = np.cumsum(np.load(self.lengths(start), allow_pickle=False))
+        return np.split(self.shard(start).astype(np.float32, copy=False), ends[:-1])
+
+
+def embed(encoder: Encoder, corpus: Corpus, folder: Path, dtype: str = "float32") -> Embeddings:
+    """Embeddings of a corpus in `folder`: those that are there are reused, missing shards are encoded,
+    by all processes of a run together. Memory is two shards."""
+    from tqdm import tqdm
+
+    made = Embeddings(folder, len(corpus), encoder.dim, dtype, encoder.late)
+    if parallel.rank() == 0:
+        about = {"corpus": stage.sha256(corpus.path), "count": len(corpus), "dtype": dtype, "shard": SHARD}
+        wanted, found = encoder.settings() | about, load_sidecar(made.sidecar)
+        if found != wanted and folder.is_dir():
+            with jsonl.lock(folder):
+                changed = ", ".join(name for name in wanted if found.get(name) != wanted[name])
+                stage.say(f"note:  {paths.shown(folder)} was made with another {changed}; encoding anew")
+                shutil.rmtree(folder)
+        if found != wanted:
+            jsonl.write_json(made.sidecar, wanted)
+    parallel.wait()
+    missing = [start for start in made.starts if not made.path(start).is_file()]
+    parallel.wait()  # none begins to write before all have looked
+    if not missing:
+        stage.say(f"read   {paths.shown(folder)}: {len(corpus):,} embeddings, made before")
+        return made
+
+    def window(start: int) -> tuple[int, list[str], Any]:
+        texts = list(corpus.texts(start, min(start + SHARD, len(corpus))))
+        return start, texts, encoder.tokenize(texts, "document")
+
+    own = missing[parallel.rank() :: parallel.world()]
+    todo = sum(min(SHARD, len(corpus) - start) for start in missing)
+    with (
+        jsonl.lock(folder),
+        tqdm(total=todo, unit="passage", desc="encode", disable=parallel.rank() > 0) as bar,
+        ThreadPoolExecutor(1) as pool,  # reads and tokenizes the next window
+    ):
+        ahead = (pool.submit(window, start) for start in own)
+        waiting = next(ahead, None)
+        while waiting:
+            start, texts, ids = waiting.result()
+            waiting = next(ahead, None)
+            vectors = encoder(texts, "document", ids)
+            if encoder.late:
+                with jsonl.atomic(made.lengths(start)) as file:
+                    np.save(file, np.array([len(tokens) for tokens in vectors]), allow_pickle=False)
+                vectors = np.concatenate(vectors)
+            with jsonl.atomic(made.path(start)) as file:
+                np.save(file, vectors.astype(dtype, copy=False), allow_pickle=False)
+            bar.update(min(len(texts) * parallel.world(), todo - bar.n))
+        parallel.wait()
+    stage.say(f"wrote  {paths.shown(folder)}: {len(corpus):,} embeddings of {encoder.dim} dimensions")
+    return made
+
+
+def load_sidecar(path: Path) -> dict[str, Any]:
+    """What made the files beside it; empty where there is none."""
+    try:
+        found = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return {}  # none, or a torn one: whatever lies beside it is not to be trusted
+    return found if isinstance(found, dict) else {}

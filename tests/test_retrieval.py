@@ -1,0 +1,438 @@
+"""Encoding, search and evaluation: the real scripts and libraries on a tiny real input."""
+
+import json
+import math
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, SFT, digest, library, write_jsonl
+
+from syntriever import beir, encoding, metrics, models, onnx_backend, search
+from syntriever.encoding import Encoder
+from syntriever.errors import BadInput, Failed
+
+
+@pytest.fixture
+def model(tiny_encoder):
+    return models.load(models.resolve(str(tiny_encoder), "tiny"), "cpu")
+
+
+@pytest.fixture
+def corpus(home):
+    return beir.Corpus("tiny")
+
+
+def brute_force(model, corpus, queries):
+    return library(model, queries, "query") @ library(model, corpus.texts(), "document").T
+
+
+# --- encoding
+
+
+@pytest.mark.parametrize("budget", [1, 50, 300, 100_000])
+def test_vectors_are_those_of_the_library_whatever_the_budget(model, docstrings, budget):
+    texts = [passage for _, _, passage in docstrings] + [""]
+    for kind in ("query", "document"):
+        made = Encoder(model, batch_tokens=budget)(texts, kind)
+        np.testing.assert_allclose(made, library(model, texts, kind), atol=1e-6)
+
+
+def test_no_batch_is_over_the_budget_and_little_is_padded(model, docstrings, monkeypatch):
+    encoder = Encoder(model, batch_tokens=200)
+    shapes, real = [], encoder._forward
+    monkeypatch.setattr(encoder, "_forward", lambda tokens: shapes.append(tokens["attention_mask"]) or real(tokens))
+    encoder([passage for _, _, passage in docstrings], "document")
+    assert max(mask.numel() for mask in shapes) <= 200
+    assert [mask.shape[1] for mask in shapes] == sorted((mask.shape[1] for mask in shapes), reverse=True)
+    assert sum(mask.sum() for mask in shapes) > 0.9 * sum(mask.numel() for mask in shapes)
+
+
+def test_out_of_memory_halves_the_batch_and_keeps_the_vectors(model, docstrings, monkeypatch, capsys):
+    texts = [passage for _, _, passage in docstrings]
+    expected = Encoder(model)(texts, "document")
+    encoder = Encoder(model, batch_tokens=2_000)
+    sizes, real = [], encoder._forward
+
+    def small(tokens):
+        sizes.append(tokens["input_ids"].numel())
+        if sizes[-1] > 400:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return real(tokens)
+
+    monkeypatch.setattr(encoder, "_forward", small)
+    np.testing.assert_allclose(encoder(texts, "document"), expected, atol=1e-5)
+    failed = [size for size in sizes if size > 400]
+    assert 1 <= len(failed) <= 3  # the smaller budget is kept for the batches after
+    assert f"--batch-tokens {encoder.budget}" in capsys.readouterr().out
+
+
+def test_a_text_that_never_fits_is_a_failure_with_advice(model, monkeypatch):
+    encoder = Encoder(model)
+    monkeypatch.setattr(encoder, "_forward", lambda tokens: (_ for _ in ()).throw(MemoryError()))
+    with pytest.raises(Failed, match=r"single text of \d+ tokens; lower --max-length"):
+        encoder(["a text", "another"], "document")
+    monkeypatch.setattr(encoder, "_forward", lambda tokens: (_ for _ in ()).throw(RuntimeError("shapes do not match")))
+    with pytest.raises(RuntimeError, match="shapes do not match"):
+        encoder(["a text"], "document")
+
+
+@pytest.mark.parametrize(("backend", "cosine"), [("onnx", 0.999999), ("onnx-int8", 0.98), ("compile", 0.999999)])
+def test_backends_give_the_same_vectors(tiny_encoder, docstrings, backend, cosine):
+    model = models.load(models.resolve(str(tiny_encoder), "tiny"), "cpu")
+    texts = [passage for _, _, passage in docstrings]
+    expected = library(model, texts, "document")
+    encoder = Encoder(model, backend, 300)
+    made = encoder(texts, "document")
+    assert (made * expected).sum(1).min() > cosine
+    np.testing.assert_allclose(np.linalg.norm(made, axis=1), 1, atol=1e-5)
+    assert encoder.settings()["backend"] == backend
+    if backend != "compile":  # the model itself is as before
+        np.testing.assert_allclose(library(model, texts[:3], "document"), expected[:3], atol=1e-6)
+
+
+def test_an_export_that_goes_wrong_is_refused(model, monkeypatch):
+    import onnxruntime
+
+    real = onnxruntime.InferenceSession.run
+    monkeypatch.setattr(onnxruntime.InferenceSession, "run", lambda *a: [-real(*a)[0]])
+    with pytest.raises(BadInput, match="does not survive the export"):
+        onnx_backend.session(model, quantize=False)
+
+
+# --- shards
+
+
+@pytest.fixture
+def small_shards(monkeypatch):
+    monkeypatch.setattr(encoding, "SHARD", 7)
+    monkeypatch.setattr(search, "BLOCK", 3)
+
+
+@pytest.mark.parametrize("shard", [7, 25, 60, 1000])
+@pytest.mark.parametrize("block", [1, 3, 100])
+def test_sharded_search_equals_brute_force(home, model, corpus, monkeypatch, shard, block):
+    monkeypatch.setattr(encoding, "SHARD", shard)
+    monkeypatch.setattr(search, "BLOCK", block)
+    queries = beir.load_queries("tiny")
+    scores = brute_force(model, corpus, list(queries.values()))
+    for row, (_, found) in zip(scores, search.top_k(Encoder(model), corpus, home / "e", queries, 10), strict=True):
+        positions = [corpus.position(passage) for passage, _ in found]
+        assert len(set(positions)) == 10
+        # Passages closer than rounding may change places, so their scores are compared.
+        np.testing.assert_allclose(row[positions], np.sort(row)[::-1][:10], atol=1e-5)
+        np.testing.assert_allclose([score for _, score in found], row[positions], atol=1e-5)
+
+
+def test_float16_shards_are_half_as_large_and_find_the_same(home, model, corpus, small_shards):
+    queries = beir.load_queries("tiny")
+    full, half = (dict(search.top_k(Encoder(model), corpus, home / dtype, queries, 5, dtype)) for dtype in ("float32", "float16"))
+    for query in queries:
+        np.testing.assert_allclose([s for _, s in half[query]], [s for _, s in full[query]], atol=2e-3)
+    sizes = [sum(np.load(path).nbytes for path in (home / dtype).glob("*.npy")) for dtype in ("float32", "float16")]
+    assert sizes == [60 * 32 * 4, 60 * 32 * 2]
+
+
+def test_only_missing_shards_are_encoded_and_other_settings_start_anew(home, model, corpus, monkeypatch, capsys):
+    monkeypatch.setattr(encoding, "SHARD", 25)
+    encoded = []
+    real = Encoder.__call__
+    monkeypatch.setattr(Encoder, "__call__", lambda self, texts, *a: encoded.append(len(texts)) or real(self, texts, *a))
+    folder = home / "embeddings"
+
+    def embed(**options):
+        encoded.clear()
+        encoding.embed(Encoder(model), corpus, folder, **options)
+        return sum(encoded)
+
+    assert embed() == 60
+    before = {path.name: digest(path) for path in folder.glob("*.npy")}
+    assert len(before) == 3
+    sorted(folder.glob("*.npy"))[1].unlink()
+    assert embed() == 25
+    assert {path.name: digest(path) for path in folder.glob("*.npy")} == before
+    assert embed() == 0
+    with torch.no_grad():
+        next(model.parameters())[0, 0] += 1e-3  # same shapes, other weights
+    capsys.readouterr()
+    assert embed() == 60
+    assert "was made with another model; encoding anew" in capsys.readouterr().out
+    model.max_seq_length = 20
+    assert embed() == 60
+    assert "another model, max_length" in capsys.readouterr().out
+    assert embed(dtype="float16") == 60
+    assert "another dtype" in capsys.readouterr().out
+    model.prompts["document"] = "text: "
+    assert embed(dtype="float16") == 60
+    assert "prefix" in capsys.readouterr().out
+    (folder / "embeddings.json").write_text("{torn")
+    assert embed(dtype="float16") == 60
+
+
+def test_a_shard_that_is_not_what_the_sidecar_says_is_named(home, model, corpus, small_shards):
+    made = encoding.embed(Encoder(model), corpus, home / "e")
+    path = made.path(14)
+    whole = path.read_bytes()
+    np.save(path, np.zeros((7, 31), np.float32))
+    with pytest.raises(BadInput, match=r"000000000014\.npy.*is not what its sidecar says; delete it"):
+        search.exact(made, np.zeros((1, 32), np.float32), 5)
+    path.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(BadInput, match=r"000000000014\.npy: not a shard"):
+        search.exact(made, np.zeros((1, 32), np.float32), 5)
+    np.save(path, np.array([{}], dtype=object), allow_pickle=True)  # a pickle is not opened
+    with pytest.raises(BadInput, match="not a shard"):
+        search.exact(made, np.zeros((1, 32), np.float32), 5)
+
+
+SLOW = """
+import sys, time
+sys.path.insert(0, {root!r})
+sys.argv = ["retrieval.py", {model!r}, "tiny", "--top-k", "8", "--device", "cpu"]
+from syntriever import encoding, stage
+import retrieval
+encoding.SHARD = 7
+real = encoding.Encoder.__call__
+def slow(self, *a):
+    time.sleep(0.4)
+    return real(self, *a)
+encoding.Encoder.__call__ = slow
+sys.exit(stage.run(retrieval.main, retrieval.parse_args))
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
+def test_a_kill_while_encoding_costs_one_shard(home, tiny_encoder, number):
+    """The run of the killed and resumed command equals the undisturbed one, byte for byte."""
+    env = {**os.environ, "SYNTRIEVER_HOME": str(home)}
+    command = [sys.executable, "-c", SLOW.format(root=str(ROOT), model=str(tiny_encoder))]
+    folder, top = home / "output" / "e5-small-tiny" / "embeddings" / "tiny", home / "stage2" / "e5-small-tiny_tiny_top8.jsonl"
+    # A shell that starts tests in the background may have switched Ctrl-C off for its children.
+    process = subprocess.Popen(command, env=env, start_new_session=True, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL,
+                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))  # fmt: skip
+    deadline = time.monotonic() + 120
+    while len(list(folder.glob("0*.npy"))) < 3 and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(number)
+    process.wait(60)
+    assert process.returncode == (130 if number == signal.SIGINT else -9)
+    there = {path.name: path.stat().st_mtime_ns for path in folder.glob("0*.npy")}
+    assert 3 <= len(there) < 9
+    assert not top.exists()
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert {path.name: path.stat().st_mtime_ns for path in folder.glob("0*.npy") if path.name in there} == there
+    assert len(list(folder.glob("0*.npy"))) == 9
+    resumed = top.read_bytes()
+    shutil.rmtree(folder)
+    assert subprocess.run(command, env=env, capture_output=True).returncode == 0
+    assert top.read_bytes() == resumed
+
+
+def test_two_processes_share_the_shards_and_find_the_same(home, tiny_encoder, tmp_path):
+    env = {**os.environ, "SYNTRIEVER_HOME": str(home)}
+    script = tmp_path / "run.py"
+    script.write_text(SLOW.format(root=str(ROOT), model=str(tiny_encoder)))
+    folder, top = home / "output" / "e5-small-tiny" / "embeddings" / "tiny", home / "stage2" / "e5-small-tiny_tiny_top8.jsonl"
+    assert subprocess.run([sys.executable, script], env=env, capture_output=True).returncode == 0
+    alone = [json.loads(line) for line in top.read_text().splitlines()]
+    shards = {path.name: np.load(path) for path in folder.glob("0*.npy")}
+    shutil.rmtree(folder)
+    top.unlink()
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", script]
+    done = subprocess.run(launch, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("wrote  stage2/") == 1
+    assert {path.name for path in folder.glob("0*.npy")} == shards.keys()
+    for name, vectors in shards.items():
+        np.testing.assert_allclose(np.load(folder / name), vectors, atol=1e-6)
+    together = [json.loads(line) for line in top.read_text().splitlines()]
+    assert [row["query_id"] for row in together] == [row["query_id"] for row in alone]
+    for ours, theirs in zip(together, alone, strict=True):
+        np.testing.assert_allclose(*([p["score"] for p in row["passages"]] for row in (ours, theirs)), atol=2e-6)
+
+
+# --- search
+
+
+def test_search_on_the_device_equals_faiss():
+    rng = np.random.default_rng(0)
+    queries, block = (rng.standard_normal((n, 16), np.float32) for n in (37, 200))
+    ours, theirs = search._on_device(queries, block, 9, "cpu", at_a_time=10), search._best_of_block(queries, block, 9, "cpu")
+    np.testing.assert_allclose(ours[0], theirs[0], atol=1e-5)
+    np.testing.assert_array_equal(ours[1], theirs[1])
+
+
+def test_equal_scores_are_ordered_as_trec_eval_orders_them(home, model, corpus, small_shards):
+    """Passages with one and the same text, in shards of their own."""
+    rows = [
+        {"_id": f"{name}", "title": "", "text": "the same text"} for name in ("b", "a", "d", "c", "e", "f", "g", "h", "i", "Z")
+    ]
+    write_jsonl(home / "datasets" / "same" / "corpus.jsonl", rows)
+    ((_, hits),) = search.top_k(Encoder(model), beir.Corpus("same"), home / "e", {"q": "text"}, 10)
+    ids = [passage for passage, _ in hits]
+    assert len({np.float32(score) for _, score in hits}) > 1 or ids == sorted(ids, reverse=True)
+    run = {"q": dict(hits)}
+    for relevant in ids:
+        ((value,),) = ([*metrics.evaluate({"q": {relevant: 1}}, run, (10,))["MRR@10"].values()],)
+        assert value == pytest.approx(1 / (ids.index(relevant) + 1))
+
+
+@pytest.mark.parametrize("factory", ["IVF8,Flat", "HNSW16", "Flat", "IVF4,SQ8"])
+def test_an_index_looks_further_until_it_finds_what_is_asked(stage1, run_script, factory):
+    args = ("retrieval.py", SFT, "tiny", "--top-k", 8, "--device", "cpu", "--index", factory, "--recall", 0.9)
+    code, out, err = run_script(*args)
+    assert code == 0, err
+    (line,) = [line for line in out.splitlines() if "of the exact top 8" in line]
+    assert float(line.split("finds ")[1].split()[0]) >= 0.9
+    assert ("nprobe" in line) == factory.startswith("IVF")
+    first = (stage1.parents[1] / "stage2" / f"{SFT}_tiny_top8.jsonl").read_bytes()
+    code, out, err = run_script(*args)
+    assert code == 0, err
+    assert "index.faiss, made before" in out
+    assert (stage1.parents[1] / "stage2" / f"{SFT}_tiny_top8.jsonl").read_bytes() == first
+
+
+def test_an_index_of_other_embeddings_or_cut_short_is_not_read(stage1, home, run_script, monkeypatch):
+    import faiss
+
+    args = ("retrieval.py", SFT, "tiny", "--top-k", 8, "--device", "cpu", "--index", "IVF4,Flat")
+    assert run_script(*args)[0] == 0
+    opened = []
+    real = faiss.read_index
+    monkeypatch.setattr(faiss, "read_index", lambda *a: opened.append(a) or real(*a))
+    assert run_script(*args)[0] == 0
+    assert len(opened) == 1
+    index = stage1 / "embeddings" / "tiny" / "index.faiss"
+    index.write_bytes(index.read_bytes()[:-10])
+    for change in ((), ("--seed", 1), ("--max-length", 20), ("--max-length", 20, "--dtype", "float16")):
+        code, out, err = run_script(*args, *change)
+        assert code == 0, err
+        assert "index.faiss, made before" not in out
+    assert len(opened) == 1
+
+
+def test_retrieval_writes_the_top_of_every_training_query(stage1, home, run_script):
+    code, out, err = run_script("retrieval.py", SFT, "tiny", "--top-k", 8, "--device", "cpu")
+    assert code == 0, err
+    rows = [json.loads(line) for line in (home / "stage2" / f"{SFT}_tiny_top8.jsonl").read_text().splitlines()]
+    queries, qrels = beir.load_split("tiny", "train")
+    assert [row["query_id"] for row in rows] == list(queries)
+    for row in rows:
+        scores = [passage["score"] for passage in row["passages"]]
+        assert len({passage["id"] for passage in row["passages"]}) == 8
+        assert scores == sorted(scores, reverse=True)
+        assert row["query"] == queries[row["query_id"]]
+    assert (stage1 / "embeddings" / "tiny" / "embeddings.json").is_file()
+
+
+def test_a_query_from_the_shell(stage1, home, corpus, model, run_script):
+    code, out, err = run_script("retrieval.py", SFT, "tiny", "--query", "how to sort", "--top-k", 3, "--device", "cpu")
+    assert code == 0, err
+    trained = models.load(models.resolve(SFT, "tiny"), "cpu")
+    order = np.argsort(-brute_force(trained, corpus, ["how to sort"])[0])[:3]
+    assert [line.split()[-1] for line in out.splitlines() if line[:2] in ("1.", "2.", "3.")] == [corpus.id(p) for p in order]
+    assert corpus.text(order[0]).split()[0] in out
+    assert not (home / "stage2").exists()
+    code, out, err = run_script("retrieval.py", SFT, "tiny", "--query", " ")
+    assert (code, "--query is empty" in err) == (2, True)
+
+
+# --- evaluation
+
+
+def oracle(judged, ranked, k):
+    """nDCG, MAP, Recall, P and MRR at k by their definitions."""
+    gains = [max(0, judged.get(p, 0)) for p in ranked[:k]]
+    ideal = sorted((max(0, grade) for grade in judged.values()), reverse=True)[:k]
+    dcg = [sum(gain / math.log2(rank + 1) for rank, gain in enumerate(row, 1)) for row in (gains, ideal)]
+    hits, relevant = [gain > 0 for gain in gains], sum(grade > 0 for grade in judged.values())
+    precisions = [sum(hits[:rank]) / rank for rank, hit in enumerate(hits, 1) if hit]
+    return {
+        "nDCG": dcg[0] / dcg[1] if dcg[1] else 0.0,
+        "MAP": sum(precisions) / relevant if relevant else 0.0,
+        "Recall": sum(hits) / relevant if relevant else 0.0,
+        "P": sum(hits) / k,
+        "MRR": next((1 / rank for rank, hit in enumerate(hits, 1) if hit), 0.0),
+    }
+
+
+def test_measures_equal_their_definitions_with_ties_grades_and_missing_queries():
+    rng = random.Random(7)
+    passages = [f"p{number}" for number in range(60)]
+    qrels = {f"q{n}": {p: rng.choice((0, 1, 1, 2, 3)) for p in rng.sample(passages, 9)} for n in range(320)}
+    # Scores of one decimal: most are tied with others.
+    run = {q: {p: round(rng.random(), 1) for p in rng.sample(passages, 30)} for q in list(qrels)[:300]}
+    ks = (1, 3, 10, 100)
+    made = metrics.evaluate(qrels, run, ks)
+    for query, judged in qrels.items():
+        scores = run.get(query, {})
+        ranked = sorted(scores, key=lambda p: (scores[p], p), reverse=True)  # as trec_eval: then descending id
+        for k in ks:
+            for name, value in oracle(judged, ranked, k).items():
+                assert made[f"{name}@{k}"][query] == pytest.approx(value, abs=1e-6), (query, name, k)
+
+
+def test_the_run_file_gives_trec_eval_the_same_figures(stage1, home, run_script):
+    import pytrec_eval
+
+    code, out, err = run_script("evaluate.py", "bm25", SFT, "tiny", "--ks", "1,5,10", "--split", "train", "--device", "cpu")
+    assert code == 0, err
+    qrels = beir.load_qrels("tiny", "train")
+    for name in ("bm25", SFT):
+        result = json.loads((home / "results" / f"{name}_tiny_train.json").read_text())
+        with (home / "results" / f"{name}_tiny_train.trec").open() as file:
+            run = pytrec_eval.parse_run(file)
+        again = pytrec_eval.RelevanceEvaluator(qrels, {"ndcg_cut.1,5,10", "map_cut.1,5,10", "recall.1,5,10"}).evaluate(run)
+        for query, values in result["per_query"].items():
+            for label, trec in (("nDCG", "ndcg_cut"), ("MAP", "map_cut"), ("Recall", "recall")):
+                for k in (1, 5, 10):
+                    assert values[f"{label}@{k}"] == pytest.approx(again.get(query, {}).get(f"{trec}_{k}", 0.0), abs=1e-6)
+
+
+def test_paired_test_of_a_known_case():
+    """Four queries, each better by one: of the 16 signings two are as extreme."""
+    ours, theirs = dict.fromkeys("abcd", 1.0), dict.fromkeys("abcd", 0.0)
+    test = metrics.paired_test(ours, theirs)
+    assert (test["difference"], test["low"], test["high"]) == (1, 1, 1)
+    assert test["p"] == pytest.approx(2 / 16, abs=0.01)
+    rng = np.random.default_rng(0)
+    values = rng.normal(0.1, 1, 400)
+    test = metrics.paired_test(dict(enumerate(values)), dict.fromkeys(range(400), 0.0))
+    error = values.std(ddof=1) / 20
+    assert (test["low"], test["high"]) == pytest.approx((values.mean() - 1.96 * error, values.mean() + 1.96 * error), abs=0.01)
+    assert test["p"] == pytest.approx(math.erfc(abs(values.mean()) / error / math.sqrt(2)), abs=0.02)
+
+
+def test_evaluate_writes_measures_run_and_picture(stage1, home, tiny_encoder, run_script):
+    code, out, err = run_script("evaluate.py", "bm25", str(tiny_encoder), SFT, "tiny", "--ks", "1,5,10", "--device", "cpu")
+    assert code == 0, err
+    for name in ("bm25", "e5-small-tiny", SFT):
+        result = json.loads((home / "results" / f"{name}_tiny_test.json").read_text())
+        assert result["queries"] == 12 == len(result["per_query"])
+        run: metrics.Run = {}
+        for line in (home / "results" / f"{name}_tiny_test.trec").read_text().splitlines():
+            query, q0, passage, rank, score, tag = line.split()
+            run.setdefault(query, {})[passage] = float(score)
+            assert (q0, tag) == ("Q0", name)
+        again = metrics.evaluate(beir.load_qrels("tiny", "test"), run, (1, 5, 10))
+        for measure, values in again.items():
+            assert result["measures"][measure] == pytest.approx(metrics.mean(values), abs=1e-6)
+        assert (home / "results" / f"{name}_tiny_test.png").read_bytes().startswith(b"\x89PNG")
+        assert f"\n{name} " in out or f"\n{tiny_encoder}" in out
+    assert result["tests"].keys() == {"bm25", str(tiny_encoder)}
+    assert "two-sided p" in out
+
+
+def test_evaluate_zero_shot_keeps_results_apart(stage1, home, docstrings, run_script):
+    shutil.copytree(home / "datasets" / "tiny", home / "datasets" / "other")
+    code, out, err = run_script("evaluate.py", SFT, "tiny", "other", "--trained-on", "tiny", "--ks", "10", "--device", "cpu")
+    assert code == 0, err
+    assert (home / "results" / f"{SFT}-tiny_other_test.json").is_file()
+    assert "average" in out
