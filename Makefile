@@ -28,6 +28,7 @@ check: install
 bench: install
 	$(BIN)/python bench/teacher.py
 	$(BIN)/python bench/training.py
+	$(BIN)/python bench/retrieval.py
 
 clean:
 	rm -rf .venv .pytest_cache .ruff_cache .mypy_cache

@@ -9,7 +9,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import FAST, ROOT, SFT, digest, load_script, log_of, write_jsonl
+from conftest import FAST, ROOT, SFT, digest, library, load_script, log_of, write_jsonl
 
 from syntriever import beir, journal, models, training
 
