@@ -38,14 +38,15 @@ def add_scores(folder: Path, ds: str, split: str, means: dict[str, float]) -> No
 
 def check(repository: str) -> None:
     """Raise `BadInput` now rather than after an hour: a name that is none, no token, no Hub."""
-    import httpx
+
     from huggingface_hub import HfApi
+    from huggingface_hub.errors import HTTPError
 
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", repository):
         raise BadInput(f"--push-to-hub {repository}: expected OWNER/NAME")
     try:
         HfApi().whoami()
-    except (OSError, ValueError, httpx.HTTPError) as error:
+    except (OSError, ValueError, HTTPError) as error:
         raise BadInput(
             f"--push-to-hub: the Hub does not know you ({_first(error)}); run `hf auth login`, or set HF_TOKEN"
         ) from None
@@ -53,14 +54,15 @@ def check(repository: str) -> None:
 
 def push(folder: Path, repository: str) -> None:
     """Upload a checkpoint with its card; embeddings and logs of TensorBoard stay here. A new repository is private."""
-    import httpx
+
     from huggingface_hub import HfApi
+    from huggingface_hub.errors import HTTPError
 
     api = HfApi()
     try:
         api.create_repo(repository, private=True, exist_ok=True)
         made = api.upload_folder(repo_id=repository, folder_path=folder, ignore_patterns=NOT_UPLOADED)
-    except (OSError, ValueError, httpx.HTTPError) as error:
+    except (OSError, ValueError, HTTPError) as error:
         raise Failed(
             f"cannot upload {paths.shown(folder)}/ to {repository}: {_first(error)}; the same command tries again"
         ) from error

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from syntriever import models
 from syntriever.errors import BadInput
 
 
@@ -41,8 +42,8 @@ def session(model: Any, quantize: bool) -> Callable[[dict[str, Any]], np.ndarray
             return self.encoder({"input_ids": input_ids, "attention_mask": attention_mask})["sentence_embedding"]
 
     transformer = model[0].auto_model
-    sample = {"input_ids": torch.randint(5, 100, (2, 9)), "attention_mask": torch.ones(2, 9, dtype=torch.long)}
-    sample["attention_mask"][1, 6:] = 0
+    texts = [("query", "What is dense retrieval?"), ("document", "The search for passages whose vectors are near the query's.")]
+    sample = {name: models.pad(model, texts, models.tokenize(model, texts))[name] for name in ("input_ids", "attention_mask")}
     axes = {0: "texts", 1: "tokens"}
     before = transformer.config._attn_implementation
     try:

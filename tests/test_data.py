@@ -343,6 +343,21 @@ def test_download_appears_complete(data, serve):
     assert found == dict(FILES)
 
 
+def test_the_forums_of_cqadupstack_become_datasets_of_their_own(data, serve, monkeypatch):
+    members = [(f"cqadupstack/{name.removeprefix('cqadupstack-')}/corpus.jsonl", name.encode()) for name in beir.FORUMS]
+    archive = make_zip(data / "a.zip", members)
+    monkeypatch.setattr(beir, "URL", serve(OK % len(archive) + archive) + "?{}")
+    monkeypatch.setitem(beir.ARCHIVES, "cqadupstack", hashlib.md5(archive).hexdigest())
+    kept = data / "datasets" / "cqadupstack-unix"
+    kept.mkdir(parents=True)  # what is there stays
+    beir.ensure("cqadupstack-tex")
+    assert names_in(data / "datasets") == beir.FORUMS
+    assert not list(kept.iterdir())
+    assert (data / "datasets" / "cqadupstack-tex" / "corpus.jsonl").read_text() == "cqadupstack-tex"
+    assert beir.parts("cqadupstack") == beir.FORUMS
+    assert all(map(beir.is_dataset, beir.FORUMS))
+
+
 @pytest.mark.parametrize("fault", ["404", "short body", "short chunk", "wrong md5", "not HTTP", "full disk"])
 def test_a_failed_download_leaves_nothing(data, serve, fault):
     archive = make_zip(data / "a.zip", [*FILES, ("tiny/long.txt", random.Random(0).randbytes(1000) * 60)])

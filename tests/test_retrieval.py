@@ -9,13 +9,14 @@ import signal
 import subprocess
 import sys
 import time
+from html.parser import HTMLParser
 
 import numpy as np
 import pytest
 import torch
 from conftest import ROOT, SFT, digest, library, write_jsonl
 
-from syntriever import beir, encoding, metrics, models, onnx_backend, search
+from syntriever import beir, encoding, hub, metrics, models, onnx_backend, search
 from syntriever.encoding import Encoder
 from syntriever.errors import BadInput, Failed
 
@@ -436,3 +437,191 @@ def test_evaluate_zero_shot_keeps_results_apart(stage1, home, docstrings, run_sc
     assert code == 0, err
     assert (home / "results" / f"{SFT}-tiny_other_test.json").is_file()
     assert "average" in out
+
+
+def test_a_query_s_own_passage_is_left_out_only_where_the_dataset_asks(home, docstrings, run_script):
+    """ArguAna's queries are passages of the corpus, under the same id."""
+    for name in ("arguana", "other"):
+        folder = home / "datasets" / name
+        write_jsonl(folder / "corpus.jsonl", [{"_id": i, "title": "", "text": text} for i, _, text in docstrings])
+        write_jsonl(folder / "queries.jsonl", [{"_id": i, "text": text} for i, _, text in docstrings[:9]])
+        (folder / "qrels").mkdir()
+        rows = "".join(f"{docstrings[n][0]}\t{docstrings[n + 1][0]}\t1\n" for n in range(9))
+        (folder / "qrels" / "test.tsv").write_text("query-id\tcorpus-id\tscore\n" + rows)
+        code, out, err = run_script("evaluate.py", "bm25", name, "--ks", "5")
+        assert code == 0, err
+        result = json.loads((home / "results" / f"bm25_{name}_test.json").read_text())
+        run = [line.split() for line in (home / "results" / f"bm25_{name}_test.trec").read_text().splitlines()]
+        own = [query for query, _, passage, *_ in run if query == passage]
+        assert (result["own_passage_left_out"], len(own)) == ((True, 0) if name == "arguana" else (False, 9))
+        assert max(sum(query == first for first, *_ in run) for query in {row[0] for row in run}) == 5
+        assert ("own passage is left out" in out) == (name == "arguana")
+
+
+def test_cqadupstack_is_the_mean_of_its_forums_and_counts_once(home, run_script):
+    for number, forum in enumerate(beir.FORUMS):
+        shutil.copytree(home / "datasets" / "tiny", home / "datasets" / forum)
+        path = home / "datasets" / forum / "qrels" / "test.tsv"
+        lines = path.read_text().splitlines(keepends=True)
+        path.write_text("".join([*lines[:-number], lines[-1].replace("\t1\n", "\t1\n")] if number else lines))
+    code, out, err = run_script("evaluate.py", "bm25", "cqadupstack", "tiny", "--ks", "10")
+    assert code == 0, err
+    values = [json.loads((home / "results" / f"bm25_{ds}_test.json").read_text())["measures"]["nDCG@10"] for ds in beir.FORUMS]
+    alone = json.loads((home / "results" / "bm25_tiny_test.json").read_text())["measures"]["nDCG@10"]
+    (row,) = [line.split() for line in out.split("nDCG@10 by dataset")[1].splitlines() if line.startswith("bm25")]
+    mean = sum(values) / 12
+    assert len(set(values)) > 3
+    assert row == ["bm25", f"{mean:.4f}", f"{alone:.4f}", f"{(mean + alone) / 2:.4f}"]
+    code, out, err = run_script("train_stage1.py", "minilm", "cqadupstack", "--no-synthetic")
+    assert code == 2
+    assert "twelve datasets: cqadupstack-android" in err
+
+
+# --- the report
+
+
+class Page(HTMLParser):
+    """Every tag must be closed in its order, and nothing may be loaded from elsewhere."""
+
+    def __init__(self):
+        super().__init__()
+        self.open, self.tags, self.seen = [], [], []
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append(tag)
+        for name, value in attributes:
+            assert not name.startswith("on")
+            if name in ("src", "href"):
+                assert value.startswith("data:image/png;base64,")
+        if tag not in ("meta", "img", "path", "circle"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        if tag not in ("meta", "img", "path", "circle"):
+            assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.seen.append(data)
+
+
+def test_the_report_is_one_page_that_escapes_what_it_shows(stage1, home, tiny_encoder, run_script):
+    path = home / "datasets" / "tiny" / "corpus.jsonl"
+    hostile = '</div><script>alert(1)</script><img src="http://x/"> & "quotes" '
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    write_jsonl(path, [{**row, "text": hostile + row["text"]} for row in rows])
+    code, out, err = run_script("evaluate.py", "bm25", tiny_encoder, SFT, "tiny", "--ks", "1,10", "--force", "--device", "cpu")
+    assert code == 0, err
+    text = (home / "results" / "report.html").read_text()
+    page = Page()
+    page.feed(text)
+    page.close()
+    assert not page.open
+    assert "script" not in page.tags
+    seen = " ".join(page.seen)
+    assert hostile in seen
+    assert f"{SFT} against {tiny_encoder}" in seen
+    assert "Gained most" in seen
+    assert "loss curves" in text
+    assert page.tags.count("circle") >= 3
+    result = json.loads((home / "results" / f"{SFT}_tiny_test.json").read_text())
+    assert f"{result['measures']['nDCG@10']:.4f}" in seen
+    test = result["tests"][str(tiny_encoder)]
+    assert f"nDCG@10 {test['difference']:+.4f} [{test['low']:+.4f}, {test['high']:+.4f}], p = {test['p']:.4f}" in seen
+
+
+# --- the model card and the Hub
+
+
+def test_scores_go_into_the_model_card_once(stage1, home, run_script):
+    from huggingface_hub import ModelCard
+    from sentence_transformers import SentenceTransformer
+
+    shutil.copytree(home / "datasets" / "tiny", home / "datasets" / "other")
+    before = (stage1 / "README.md").read_text()
+    weights = digest(stage1 / "model.safetensors")
+    for names in (("tiny",), ("other", "--trained-on", "tiny"), ("tiny",)):
+        code, out, err = run_script("evaluate.py", SFT, *names, "--ks", "1,10", "--device", "cpu")
+        assert code == 0, err
+    card = ModelCard.load(stage1 / "README.md")
+    result = json.loads((home / "results" / f"{SFT}_tiny_test.json").read_text())["measures"]
+    found = {(one.dataset_name, one.metric_name): one.metric_value for one in card.data.eval_results}
+    assert len(found) == len(card.data.eval_results) == 10
+    assert found["tiny", "nDCG@10"] == pytest.approx(result["nDCG@10"], abs=5e-5)
+    assert card.text.count("## Scores") == 1
+    assert f"| tiny | test | nDCG@10 | {result['nDCG@10']:.4f} |" in card.text
+    assert card.text.startswith(before.split("---\n")[2].rstrip()[:200])
+    assert card.data.library_name == "sentence-transformers"
+    assert digest(stage1 / "model.safetensors") == weights
+    SentenceTransformer(str(stage1), device="cpu")
+    hub.add_scores(home / "nowhere", "tiny", "test", {"nDCG@10": 0.5})  # a folder without a card stays without
+
+
+@pytest.fixture
+def fake_hub():
+    """The part of the Hub that an upload speaks to, on this machine: {path: bytes} of what was committed, and requests."""
+    import base64
+    import threading
+    from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+    class Handler(BaseHTTPRequestHandler):
+        def answer(self):
+            body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+            server.asked.append(f"{self.command} {self.path}")
+            reply, status = {}, 200
+            if self.headers.get("Authorization") != "Bearer hf_good":
+                reply, status = {"error": "Invalid username or password."}, 401
+            elif "whoami" in self.path:
+                reply = {"name": "me", "type": "user", "orgs": [], "auth": {"accessToken": {"displayName": "t", "role": "write"}}}
+            elif self.path == "/api/repos/create":
+                server.created = json.loads(body)
+                reply = {"url": f"{server.url}/me/model", "id": "me/model", "name": "me/model"}
+            elif "/preupload/" in self.path:
+                files = json.loads(body)["files"]
+                reply = {"files": [{"path": f["path"], "uploadMode": "regular", "shouldIgnore": False} for f in files]}
+            elif "/commit/" in self.path:
+                for line in map(json.loads, body.splitlines()):
+                    if line["key"] == "file":
+                        server.files[line["value"]["path"]] = base64.b64decode(line["value"]["content"])
+                reply = {"success": True, "commitOid": "0" * 40, "commitUrl": f"{server.url}/me/model/commit/0", "hookOutput": ""}
+            made = json.dumps(reply).encode()
+            self.send_response(status)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(made)))
+            self.end_headers()
+            self.wfile.write(made)
+
+        do_GET = do_POST = answer
+
+        def log_message(self, *_):
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        server.files, server.asked, server.url = {}, [], f"http://127.0.0.1:{server.server_port}"
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+        yield server
+        server.shutdown()
+
+
+def test_push_uploads_the_checkpoint_with_its_scores_and_nothing_else(stage1, home, fake_hub, tmp_path_factory):
+    env = {**os.environ, "SYNTRIEVER_HOME": str(home), "HF_ENDPOINT": fake_hub.url, "HF_HUB_OFFLINE": "0", "no_proxy": "*"}
+    env |= {"HF_HOME": str(tmp_path_factory.mktemp("hf")), "HF_HUB_DISABLE_XET": "1"}
+    options = ["--ks", "1,10", "--device", "cpu", "--push-to-hub"]
+
+    def evaluate(token, *names):
+        command = [sys.executable, ROOT / "evaluate.py", *names, *options, "me/model"]
+        return subprocess.run(command, env=env | {"HF_TOKEN": token}, capture_output=True, text=True)
+
+    refused = evaluate("hf_bad", SFT, "tiny")
+    assert refused.returncode == 2
+    assert "the Hub does not know you" in refused.stderr
+    assert "read " not in refused.stdout  # before any work
+    several = evaluate("hf_good", "bm25", SFT, "tiny")
+    assert (several.returncode, "takes one model" in several.stderr) == (2, True)
+    assert not fake_hub.files
+    done = evaluate("hf_good", SFT, "tiny")
+    assert done.returncode == 0, done.stderr + done.stdout + "\n".join(fake_hub.asked)
+    assert fake_hub.created["private"] is True
+    assert "## Scores" in fake_hub.files["README.md"].decode()
+    assert fake_hub.files["model.safetensors"] == (stage1 / "model.safetensors").read_bytes()
+    assert {"modules.json", "config.json", "tokenizer.json", "1_Pooling/config.json"} <= fake_hub.files.keys()
+    assert not [path for path in fake_hub.files if path.startswith(("embeddings", "tensorboard", "."))]
