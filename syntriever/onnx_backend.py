@@ -53,7 +53,7 @@ def session(model: Any, quantize: bool) -> Callable[[dict[str, Any]], np.ndarray
             plain, fused, small = (str(Path(folder) / f"{name}.onnx") for name in ("plain", "fused", "small"))
             transformer.set_attn_implementation("eager")  # the form that the optimizer knows and fuses
             torch.onnx.export(
-                Graph(),
+                Graph().eval(),  # else the export puts the model back into training mode
                 tuple(sample.values()),
                 plain,
                 input_names=list(sample),
