@@ -93,6 +93,7 @@ def main(args: argparse.Namespace) -> None:
         for model in args.models:
             if model != "bm25":
                 refs[model, ds] = models.resolve(model, args.trained_on or ds, args.name if len(args.models) == 1 else None)
+                models.check_backend(refs[model, ds], args.backend)
                 stage.check_fresh(refs[model, ds].weights, args.force)
         beir.load_qrels(ds, args.split)
     checkpoint = None
@@ -117,9 +118,11 @@ def main(args: argparse.Namespace) -> None:
         tops: dict[str, dict[str, Hits]] = {}
         for model in args.models:
             ref = refs.get((model, data.name))
+            record = stage.Record(args)
+            record.reads(*beir.files(data.name, args.split), *(ref.weights if ref else []))
             hits = retrieve(args, ref, data, max(ks), device)
             if parallel.rank() == 0:
-                table[data.name][model] = measure(args, model, ref, data, hits, ks, table[data.name])
+                table[data.name][model] = measure(args, record, model, ref, data, hits, ks, table[data.name])
                 tops[model] = {query: found[: report.SHOWN] for query, found in hits.items()}
         if parallel.rank() == 0:
             tests = compare(table[data.name], ks)
@@ -156,6 +159,7 @@ def retrieve(args: argparse.Namespace, ref: models.ModelRef | None, data: Inputs
 
 def measure(
     args: argparse.Namespace,
+    record: stage.Record,
     model: str,
     ref: models.ModelRef | None,
     data: Inputs,
@@ -165,8 +169,6 @@ def measure(
 ) -> Measures:
     """Measure the run of one model on one dataset and write its result files."""
     ds, qrels = data.name, data.qrels
-    record = stage.Record(args)
-    record.reads(data.corpus.path, paths.queries(ds), paths.qrels(ds, args.split), *(ref.weights if ref else []))
     measures = metrics.evaluate(qrels, {query: dict(found) for query, found in hits.items()}, ks)
     means = {name: metrics.mean(values) for name, values in measures.items()}
     shown = ref.name if ref else model

@@ -34,13 +34,19 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=42, help="seed of the sample that trains --index (default: %(default)s)")
     stage.add_encoding_options(parser)
     args = parser.parse_args(argv)
-    args.top_k = args.top_k or (5 if args.query else 100)
+    if args.top_k is None:
+        args.top_k = 5 if args.query else 100
     return args
 
 
 def main(args: argparse.Namespace) -> None:
     stage.check_positive(args, "max_length", "batch_tokens", "recall")
+    if args.recall > 1:
+        raise BadInput(f"--recall {args.recall:g} is a share, at most 1")
     ref = models.resolve(args.model, args.dataset, args.name)
+    models.check_backend(ref, args.backend)
+    if args.index and ref.late:
+        raise BadInput("--index: a late-interaction encoder is searched exactly, by MaxSim")
     beir.ensure(args.dataset)
     stage.check_fresh(ref.weights, args.force)
     corpus = beir.Corpus(args.dataset)

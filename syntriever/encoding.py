@@ -40,15 +40,15 @@ class Encoder:
         cuda = model.device.type == "cuda"
         self.budget = batch_tokens or (GPU_TOKENS if cuda else CPU_TOKENS)
         self.workers = 1
-        self._bf16 = cuda and torch.cuda.is_bf16_supported(including_emulation=False)
+        self._bf16 = cuda and not self.late and torch.cuda.is_bf16_supported(including_emulation=False)
         self._forward: Callable[[dict[str, Any]], np.ndarray] = self._torch
         model.eval()
-        if self.late and backend != "torch":
-            raise BadInput(f"--backend {backend}: a late-interaction encoder runs on torch only")
         if backend == "compile":
             encoder = model[0].auto_model
             encoder.forward = torch.compile(encoder.forward, dynamic=True)
         elif backend.startswith("onnx"):
+            if model.device.type != "cpu":
+                raise BadInput(f"--backend {backend} runs on the CPU: add --device cpu")
             from syntriever import onnx_backend
 
             # One thread for each forward pass: on a CPU two passes side by side beat one in two threads.
@@ -79,8 +79,13 @@ class Encoder:
 
         # The longest first, so that what is too much for the memory shows at once.
         order = np.argsort([-len(tokens) for tokens in ids], kind="stable")
+        batches = list(self._within_budget(order, ids))
+        if self.workers == 1:
+            for batch in batches:
+                run(batch)
+            return made
         with ThreadPoolExecutor(self.workers) as pool:
-            for _ in pool.map(run, list(self._within_budget(order, ids))):
+            for _ in pool.map(run, batches):
                 pass
         return made
 
@@ -136,7 +141,9 @@ class Encoder:
 
 def _out_of_memory(error: Exception) -> bool:
     """Of a GPU, of the CPU's allocator in torch, or of onnxruntime."""
-    return isinstance(error, MemoryError) or "out of memory" in str(error) or "allocate memory" in str(error)
+    return isinstance(error, MemoryError) or any(
+        sign in str(error) for sign in ("out of memory", "allocate memory", "ALLOC_FAILED")
+    )
 
 
 class Embeddings:

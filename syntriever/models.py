@@ -109,6 +109,11 @@ def resolve(model: str, ds: str, name: str | None = None) -> ModelRef:
     )
 
 
+def check_backend(ref: ModelRef, backend: str) -> None:
+    if ref.late and backend != "torch":
+        raise BadInput(f"--backend {backend}: {ref.name} is a late-interaction encoder, which runs on torch only")
+
+
 def _prefixes_of(name: str) -> tuple[str, str] | None:
     """E5 checkpoints do not carry their prefixes, so they are known by name."""
     return E5 if re.match(r"(multilingual-)?e5-(small|base|large)(?!.*instruct)", name) else None

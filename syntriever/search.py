@@ -122,8 +122,19 @@ def approximate(embeddings: Embeddings, queries: np.ndarray, k: int, factory: st
         effort = min(2 * effort, most)
     how = f" with {name} {effort}" if tunable else ""
     stage.say(f"note:  --index {factory}{how} finds {reached:.4f} of the exact top {k} ({len(some)} queries)")
+    if reached < recall:
+        stage.say(f"warning: that is less than --recall {recall:g}; this index loses too much, or looks at too little")
     scores, positions = index.search(queries, k)
     return scores, positions
+
+
+def _empty_index(factory: str, dim: int) -> Any:
+    import faiss
+
+    try:
+        return faiss.index_factory(dim, factory, faiss.METRIC_INNER_PRODUCT)
+    except RuntimeError:
+        raise BadInput(f"--index {factory!r} is not a FAISS index-factory string for {dim} dimensions") from None
 
 
 def _index(embeddings: Embeddings, factory: str, seed: int) -> Any:
@@ -140,10 +151,7 @@ def _index(embeddings: Embeddings, factory: str, seed: int) -> Any:
     if path.is_file() and encoding.load_sidecar(sidecar) == wanted | {"bytes": path.stat().st_size}:
         stage.say(f"read   {paths.shown(path)}, made before")
         return faiss.read_index(str(path))
-    try:
-        index = faiss.index_factory(embeddings.dim, factory, faiss.METRIC_INNER_PRODUCT)
-    except RuntimeError:
-        raise BadInput(f"--index {factory!r} is not a FAISS index-factory string for {embeddings.dim} dimensions") from None
+    index = _empty_index(factory, embeddings.dim)
     blocks = [embeddings.starts[at : at + BLOCK] for at in range(0, len(embeddings.starts), BLOCK)]
     if not index.is_trained:
         rng, sample = np.random.default_rng(seed), []
@@ -163,6 +171,7 @@ def _index(embeddings: Embeddings, factory: str, seed: int) -> Any:
             block = embeddings.block(starts)
             index.add(block)
             bar.update(len(block))
+    sidecar.unlink(missing_ok=True)  # it is not to vouch for the next file
     with jsonl.atomic(path) as file:
         faiss.write_index(index, faiss.PyCallbackIOWriter(file.write))  # type: ignore[attr-defined]
     jsonl.write_json(sidecar, wanted | {"bytes": path.stat().st_size})
@@ -182,8 +191,8 @@ def top_k(
 ) -> Iterator[tuple[str, Hits]]:
     """(query id, [(passage id, score), ...]) of every query over the whole corpus: best first, and among
     equal scores as trec_eval orders them. Of several processes the first gets it, the others nothing."""
-    if factory and encoder.late:
-        raise BadInput("--index: a late-interaction encoder is searched exactly, by MaxSim")
+    if factory:
+        _empty_index(factory, encoder.dim)  # a mistake shows now, not after the encoding
     embeddings = encoding.embed(encoder, corpus, folder, dtype)
     vectors = encoder(list(queries.values()), "query")
     if factory and parallel.rank() == 0:
