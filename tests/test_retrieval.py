@@ -651,7 +651,7 @@ def test_push_uploads_the_checkpoint_with_its_scores_and_nothing_else(stage1, ho
     assert not fake_hub.files
     done = evaluate("hf_good", SFT, "tiny")
     assert done.returncode == 0, done.stderr + done.stdout + "\n".join(fake_hub.asked)
-    assert fake_hub.created["private"] is True
+    assert fake_hub.created["visibility"] == "private"
     assert "## Scores" in fake_hub.files["README.md"].decode()
     assert fake_hub.files["model.safetensors"] == (stage1 / "model.safetensors").read_bytes()
     assert {"modules.json", "config.json", "tokenizer.json", "1_Pooling/config.json"} <= fake_hub.files.keys()
