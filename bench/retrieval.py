@@ -13,14 +13,10 @@ unit vectors, of which ours are read from shards on disk and theirs lie in memor
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
-import os
 import resource
 import subprocess
 import sys
-import sysconfig
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -30,6 +26,8 @@ import numpy as np
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.append(str(ROOT))
+import common
+
 from syntriever import encoding, metrics, search
 
 LENGTH, ROUNDS, BATCH_SIZES = 256, 3, (8, 16, 32, 64)
@@ -44,18 +42,11 @@ def timed(function: Callable[[], Any]) -> tuple[float, Any]:
 
 def encode(folder: Path) -> dict[str, Any]:
     """Passages a second; how near the vectors are to the library's, and what they are worth."""
-    import importlib.util
-
     import torch
 
     from syntriever import models
 
-    spec = importlib.util.spec_from_file_location("build_pydocs", ROOT / "datasets" / "build_pydocs.py")
-    assert spec is not None
-    assert spec.loader is not None
-    build = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(build)
-    pairs = list(build.pairs(Path(sysconfig.get_paths()["stdlib"])))
+    pairs = common.pydocs()
     passages, questions = [passage for _, _, passage in pairs], [query for _, query, _ in pairs][::4]
     model = models.load(models.resolve("minilm", "pydocs"), max_length=LENGTH)
     tokens = sum(map(len, models.tokenize(model, [("document", text) for text in passages])))
@@ -185,15 +176,6 @@ def memory(folder: Path) -> dict[str, Any]:
     return found | {"ratio": found["mib_of_1000000"] / found["mib_of_100000"]}
 
 
-def machine() -> dict[str, Any]:
-    import torch
-
-    from syntriever import stage
-
-    name = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} CPU cores"
-    return {"device": name, "threads": torch.get_num_threads(), "versions": stage.versions()}
-
-
 def main() -> None:
     parts = {"encode": encode, "search": search_, "memory": memory}
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -204,15 +186,7 @@ def main() -> None:
         name, folder, *numbers = args.child
         print(json.dumps({"find": find, "find_with_beir": find_with_beir}[name](Path(folder), *map(int, numbers))))
         return
-    target = ROOT / "bench" / "retrieval.json"
-    results: dict[str, Any] = {}
-    with contextlib.suppress(OSError):
-        results = json.loads(target.read_text())
-    with tempfile.TemporaryDirectory() as temporary:
-        for name in args.parts or parts:
-            results[name] = {**parts[name](Path(temporary)), **machine()}
-            print(f"{name}: ratio {results[name]['ratio']:.2f}", flush=True)
-            target.write_text(json.dumps(results, indent=1) + "\n")
+    common.run(parts, args.parts, ROOT / "bench" / "retrieval.json")
 
 
 if __name__ == "__main__":

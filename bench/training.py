@@ -13,20 +13,19 @@ the training loop, from its first log entry to its last: start-up is left out.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import itertools
 import json
 import os
 import subprocess
 import sys
-import sysconfig
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.append(str(ROOT))
+import common
+
 from syntriever import jsonl
 
 RECORDED = ROOT / "datasets" / "recorded" / "pydocs"
@@ -52,14 +51,7 @@ def dataset(home: Path, name: str, passages: dict[str, str], queries: dict[str, 
 
 def fill(home: Path) -> None:
     """`small`: the queries with recorded texts. `large`: 1,024 queries; the recorded texts go round."""
-    import importlib.util
-
-    spec = importlib.util.spec_from_file_location("build_pydocs", ROOT / "datasets" / "build_pydocs.py")
-    assert spec is not None
-    assert spec.loader is not None
-    build = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(build)
-    pairs = list(build.pairs(Path(sysconfig.get_paths()["stdlib"])))
+    pairs = common.pydocs()
     passages = {name: passage for name, _, passage in pairs}
     everyone = {f"q-{name}": (query, name) for name, query, _ in pairs}
     texts = {row["query_id"]: row for row in jsonl.read(RECORDED / "synthesis.jsonl") if row["query_id"] in everyone}
@@ -225,15 +217,6 @@ def memory(home: Path) -> dict[str, Any]:
     return found | {"ratio": found["batch_1024_cached_mib"] / found["batch_32_mib"]}
 
 
-def machine() -> dict[str, Any]:
-    import torch
-
-    from syntriever import stage
-
-    name = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} CPU cores"
-    return {"device": name, "threads": torch.get_num_threads(), "versions": stage.versions()}
-
-
 def main() -> None:
     parts = {"step": step, "lists": lists, "memory": memory}
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -243,16 +226,7 @@ def main() -> None:
     if args.peer:
         sentence_transformers(args.peer, STEPS)
         return
-    target = ROOT / "bench" / "training.json"
-    results: dict[str, Any] = {}
-    with contextlib.suppress(OSError):
-        results = json.loads(target.read_text())
-    with tempfile.TemporaryDirectory() as folder:
-        fill(Path(folder))
-        for name in args.parts or parts:
-            results[name] = {**parts[name](Path(folder)), **machine()}
-            print(f"{name}: ratio {results[name]['ratio']:.2f}", flush=True)
-            target.write_text(json.dumps(results, indent=1) + "\n")
+    common.run(parts, args.parts, ROOT / "bench" / "training.json", fill)
 
 
 if __name__ == "__main__":
