@@ -15,7 +15,7 @@ Run      python evaluate.py e5-final scifact
 from __future__ import annotations
 
 import argparse
-import itertools
+import functools
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -102,7 +102,8 @@ def main(args: argparse.Namespace) -> None:
         if len(args.models) > 1 or None in folders or len(folders) != 1:
             raise BadInput("--push-to-hub takes one model, which is a folder or a checkpoint of this project")
         (checkpoint,) = folders
-        hub.check(args.push_to_hub)
+        if parallel.rank() == 0:
+            hub.create(args.push_to_hub)
     inputs = []
     for ds in datasets:
         corpus = beir.Corpus(ds)
@@ -116,16 +117,18 @@ def main(args: argparse.Namespace) -> None:
         stage.say(f"read   {len(data.corpus):,} passages, {len(data.queries):,} {args.split} queries of {data.name}")
         table[data.name] = {}
         tops: dict[str, dict[str, Hits]] = {}
+        tests: list[tuple[str, str, dict[str, float]]] = []
         for model in args.models:
             ref = refs.get((model, data.name))
             record = stage.Record(args)
             record.reads(*beir.files(data.name, args.split), *(ref.weights if ref else []))
-            hits = retrieve(args, ref, data, max(ks), device)
+            hits, encoder = retrieve(args, ref, data, max(ks), device)
             if parallel.rank() == 0:
-                table[data.name][model] = measure(args, record, model, ref, data, hits, ks, table[data.name])
+                made, against = measure(args, record, model, ref, data, hits, encoder, ks, table[data.name])
+                table[data.name][model] = made
+                tests += [(model, other, test) for other, test in against.items()]
                 tops[model] = {query: found[: report.SHOWN] for query, found in hits.items()}
         if parallel.rank() == 0:
-            tests = compare(table[data.name], ks)
             print_table(data, args.split, table[data.name], ks, tests)
             curves = {model: refs[model, data.name].folder for model in args.models if (model, data.name) in refs}
             sections.append(report.section(data, args.split, table[data.name], columns(ks), main_of(ks), tests, tops, curves))
@@ -139,22 +142,35 @@ def main(args: argparse.Namespace) -> None:
         hub.push(checkpoint, args.push_to_hub)
 
 
-def retrieve(args: argparse.Namespace, ref: models.ModelRef | None, data: Inputs, k: int, device: str | None) -> dict[str, Hits]:
-    """Top `k` of every query, its own passage left out where the dataset asks for it."""
+@functools.lru_cache(4)
+def load(ref: models.ModelRef, device: str | None, max_length: int | None, backend: str, batch_tokens: int | None) -> Any:
+    """An encoder, kept for the next dataset."""
+    from syntriever import encoding
+
+    return encoding.Encoder(models.load(ref, device, max_length), backend, batch_tokens)
+
+
+def retrieve(
+    args: argparse.Namespace, ref: models.ModelRef | None, data: Inputs, k: int, device: str | None
+) -> tuple[dict[str, Hits], dict[str, Any]]:
+    """Top `k` of every query, its own passage left out where the dataset asks for it; and what decides
+    an embedding."""
     drop_self = data.name in beir.SELF_RETRIEVAL
     wanted = min(k + drop_self, len(data.corpus))
     found: Iterable[tuple[str, Hits]]
+    settings: dict[str, Any] = {}
     if ref:
-        from syntriever import encoding, search
+        from syntriever import search
 
-        encoder = encoding.Encoder(models.load(ref, device, args.max_length), args.backend, args.batch_tokens)
+        encoder = load(ref, device, args.max_length, args.backend, args.batch_tokens)
+        settings = encoder.settings() | {"dtype": args.dtype}
         found = search.top_k(encoder, data.corpus, ref.embeddings(data.name), data.queries, wanted, args.dtype)
     else:
         found = bm25_run(data.corpus, data.queries, wanted) if parallel.rank() == 0 else []
     if drop_self:
         stage.say(f"note:  a query of {data.name} is itself a passage; it is left out of its own results, as BEIR does")
         found = ((query, [hit for hit in hits if hit[0] != query][:k]) for query, hits in found)
-    return dict(found)
+    return dict(found), settings
 
 
 def measure(
@@ -164,20 +180,24 @@ def measure(
     ref: models.ModelRef | None,
     data: Inputs,
     hits: dict[str, Hits],
+    encoder: dict[str, Any],
     ks: tuple[int, ...],
     before: dict[str, Measures],
-) -> Measures:
-    """Measure the run of one model on one dataset and write its result files."""
+) -> tuple[Measures, dict[str, dict[str, float]]]:
+    """Measure the run of one model on one dataset and write its result files. Returns the measures and
+    the paired tests against the models `before`."""
     ds, qrels = data.name, data.qrels
     measures = metrics.evaluate(qrels, {query: dict(found) for query, found in hits.items()}, ks)
     means = {name: metrics.mean(values) for name, values in measures.items()}
     shown = ref.name if ref else model
     if args.trained_on and models.is_own(model):
         shown = f"{model}-{args.trained_on}"
-    main_measure = main_of(ks)
+    name = main_of(ks)
+    tests = {other: metrics.paired_test(measures[name], values[name]) for other, values in before.items()}
     result: dict[str, Any] = {
         "model": shown,
         "checkpoint": ref.where if ref else "bm25s, k1 0.9, b 0.4",
+        "encoder": encoder,
         "dataset": ds,
         "split": args.split,
         "queries": len(qrels),
@@ -185,7 +205,7 @@ def measure(
         "passages": len(data.corpus),
         "own_passage_left_out": ds in beir.SELF_RETRIEVAL,
         "measures": means,
-        "tests": {other: metrics.paired_test(measures[main_measure], values[main_measure]) for other, values in before.items()},
+        "tests": tests,
         "per_query": {query: {name: measures[name][query] for name in measures} for query in qrels},
     }
     target = {suffix: paths.result(shown, ds, args.split, suffix) for suffix in (".json", ".trec", ".png")}
@@ -198,9 +218,10 @@ def measure(
     draw({**before, model: measures}, ks, target[".png"], f"{ds}, {args.split} split, {len(qrels)} queries")
     record.write(target[".json"], **means)
     stage.say(f"wrote  {paths.shown(target['.json'])}, .trec, .png")
-    if ref and ref.folder and models.is_own(model):
-        hub.add_scores(ref.folder, ds, args.split, {name: means[name] for name in columns(ks)})
-    return measures
+    if ref and ref.folder and (models.is_own(model) or args.push_to_hub):
+        how = f"{encoder['max_length']} tokens, {encoder['backend']}, {encoder['dtype']}"
+        hub.add_scores(ref.folder, ds, args.split, how, {name: means[name] for name in columns(ks)})
+    return measures, tests
 
 
 def main_of(ks: tuple[int, ...]) -> str:
@@ -211,12 +232,6 @@ def main_of(ks: tuple[int, ...]) -> str:
 def columns(ks: tuple[int, ...]) -> list[str]:
     """The measures that are shown; all are in the result files."""
     return [*(f"nDCG@{k}" for k in ks), f"MAP@{max(ks)}", f"Recall@{max(ks)}", f"MRR@{main_of(ks).split('@')[1]}"]
-
-
-def compare(table: dict[str, Measures], ks: tuple[int, ...]) -> list[tuple[str, str, dict[str, float]]]:
-    """(model, earlier model, paired test on the main measure) of every two models."""
-    name = main_of(ks)
-    return [(new, old, metrics.paired_test(table[new][name], table[old][name])) for old, new in itertools.combinations(table, 2)]
 
 
 def print_table(

@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import sys
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterable
 
 from syntriever import beir, jsonl, models, parallel, paths, stage
 from syntriever.errors import BadInput
@@ -64,7 +64,6 @@ def main(args: argparse.Namespace) -> None:
     with jsonl.lock(output):
         found = search(args, ref, corpus, queries)
         if parallel.rank():
-            next(found, None)  # takes part in the search; the first process has the result
             return
         with jsonl.atomic(output) as file:
             for query, hits in found:
@@ -77,7 +76,7 @@ def main(args: argparse.Namespace) -> None:
 
 def search(
     args: argparse.Namespace, ref: models.ModelRef, corpus: beir.Corpus, queries: dict[str, str]
-) -> Iterator[tuple[str, list[tuple[str, float]]]]:
+) -> Iterable[tuple[str, list[tuple[str, float]]]]:
     device = parallel.start(args.device)
     from syntriever import encoding, search
 

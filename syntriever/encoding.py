@@ -1,13 +1,15 @@
 """From texts to vectors: batches under a token budget, and the embeddings of a corpus in shards on disk.
 
 A shard is one window of the corpus: its texts are sorted by length and go through the encoder together.
-It is one `.npy` file of unit rows that appears under its name only when complete; a sidecar says what
-made the folder, and is checked before any shard is read. Of a late-interaction encoder the rows are the
-tokens of one passage after the other, and a second file has the number of tokens of each.
+It is one `.npy` file of unit rows that appears under its name only when complete. The folder is named by
+the hash of what made it, which its sidecar spells out and which is checked before any shard is read. Of a
+late-interaction encoder the rows are the tokens of one passage after the other, and a second file has the
+number of tokens of each.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from collections.abc import Callable, Iterator, Sequence
@@ -59,7 +61,7 @@ class Encoder:
         """What decides an embedding of a passage."""
         return {
             "model": models.fingerprint(self.model),
-            "prefix": self.model.prompts["document"],
+            "prefix": self.model.prompts["document"] or "",
             "max_length": self.model.max_seq_length,
             "dim": self.dim,
             "backend": self.backend + (" bfloat16" if self._bf16 else ""),
@@ -107,22 +109,25 @@ class Encoder:
             made[batch] = self._forward(models.pad(self.model, [("", "")] * len(batch), [ids[text] for text in batch]))
             return
         except Exception as error:
-            if not _out_of_memory(error):
-                raise
-            if len(batch) == 1:
-                message = f"out of memory for a single text of {longest} tokens; lower --max-length"
-                raise Failed(message) from error
+            self._lower_budget(error, len(batch), longest)
         # Here the error and the tensors that it held are gone.
-        smaller = len(batch) // 2 * longest
-        if smaller < self.budget:
-            self.budget = smaller
-            stage.say(f"note:  out of memory; going on with --batch-tokens {smaller}")
         if self.model.device.type == "cuda":
             import torch
 
             torch.cuda.empty_cache()
         for part in self._within_budget(batch, ids):
             self._run(part, ids, made)
+
+    def _lower_budget(self, error: Exception, texts: int, longest: int) -> None:
+        """Halve a batch that was too much for the memory; another error is raised again."""
+        if not _out_of_memory(error):
+            raise error
+        if texts == 1:
+            raise Failed(f"out of memory for a single text of {longest} tokens; lower --max-length") from error
+        smaller = texts // 2 * longest
+        if smaller < self.budget:
+            self.budget = smaller
+            stage.say(f"note:  out of memory; going on with --batch-tokens {smaller}")
 
     def _torch(self, tokens: dict[str, Any]) -> np.ndarray:
         import torch
@@ -133,10 +138,17 @@ class Encoder:
         return torch.nn.functional.normalize(vectors, dim=1).cpu().numpy() if self._bf16 else vectors.cpu().numpy()
 
     def _late(self, texts: Sequence[str], kind: str) -> list[np.ndarray]:
-        size = max(1, self.budget // models.longest(self.model, kind))
-        options = {"batch_size": size, "convert_to_numpy": True, "show_progress_bar": False, "normalize_embeddings": True}
-        made = self.model.encode(list(texts), prompt=self.model.prompts[kind] or None, task=kind, **options)
-        return [np.asarray(vectors, np.float32) for vectors in made]
+        longest = models.longest(self.model, kind)
+        options = {"convert_to_numpy": True, "show_progress_bar": False, "normalize_embeddings": True}
+        while True:
+            size = max(1, self.budget // longest)
+            try:
+                made = self.model.encode(
+                    list(texts), prompt=self.model.prompts[kind] or None, task=kind, batch_size=size, **options
+                )
+                return [np.asarray(vectors, np.float32) for vectors in made]
+            except Exception as error:
+                self._lower_budget(error, size, longest)
 
 
 def _out_of_memory(error: Exception) -> bool:
@@ -186,25 +198,32 @@ class Embeddings:
         return np.split(self.shard(start).astype(np.float32, copy=False), ends[:-1])
 
 
-def embed(encoder: Encoder, corpus: Corpus, folder: Path, dtype: str = "float32") -> Embeddings:
-    """Embeddings of a corpus in `folder`: those that are there are reused, missing shards are encoded,
-    by all processes of a run together. Memory is two shards."""
+def embed(encoder: Encoder, corpus: Corpus, base: Path, dtype: str = "float32") -> Embeddings:
+    """Embeddings of a corpus in a folder of `base`: those that are there are reused, missing shards are
+    encoded, by all processes of a run together. Memory is two shards."""
     from tqdm import tqdm
 
-    made = Embeddings(folder, len(corpus), encoder.dim, dtype, encoder.late)
-    if parallel.rank() == 0:
+    plan: tuple[Path, list[int]] | None = None
+    if parallel.rank() == 0:  # only one looks: a network file system may show the others less
         about = {"corpus": stage.sha256(corpus.path), "count": len(corpus), "dtype": dtype, "shard": SHARD}
-        wanted, found = encoder.settings() | about, load_sidecar(made.sidecar)
-        if found != wanted and folder.is_dir():
-            with jsonl.lock(folder):
-                changed = ", ".join(name for name in wanted if found.get(name) != wanted[name])
-                stage.say(f"note:  {paths.shown(folder)} was made with another {changed}; encoding anew")
-                shutil.rmtree(folder)
-        if found != wanted:
+        wanted = encoder.settings() | about
+        folder = base / hashlib.sha256(json.dumps(wanted, sort_keys=True).encode()).hexdigest()[:12]
+        made = Embeddings(folder, len(corpus), encoder.dim, dtype, encoder.late)
+        if load_sidecar(made.sidecar) != wanted:
+            if folder.is_dir():
+                with jsonl.lock(folder):
+                    stage.say(f"note:  {paths.shown(folder)} is not what its name says; encoding anew")
+                    shutil.rmtree(folder)
             jsonl.write_json(made.sidecar, wanted)
-    parallel.wait()
-    missing = [start for start in made.starts if not made.path(start).is_file()]
-    parallel.wait()  # none begins to write before all have looked
+        missing = [start for start in made.starts if not made.path(start).is_file()]
+        for other in base.glob("*/embeddings.json") if missing else ():
+            found = load_sidecar(other)
+            changed = ", ".join(name for name in wanted if found.get(name) != wanted[name])
+            if changed:
+                stage.say(f"note:  {paths.shown(other.parent)} stays; it was made with another {changed}")
+        plan = folder, missing
+    folder, missing = parallel.from_first(plan)
+    made = Embeddings(folder, len(corpus), encoder.dim, dtype, encoder.late)
     if not missing:
         stage.say(f"read   {paths.shown(folder)}: {len(corpus):,} embeddings, made before")
         return made

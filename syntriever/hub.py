@@ -13,9 +13,9 @@ HEADING = "\n## Scores\n"
 NOT_UPLOADED = ["embeddings/*", "tensorboard/*", ".*"]
 
 
-def add_scores(folder: Path, ds: str, split: str, means: dict[str, float]) -> None:
+def add_scores(folder: Path, ds: str, split: str, how: str, means: dict[str, float]) -> None:
     """Put the scores of one dataset into the model card: as `model-index`, which the Hub shows, and as
-    a table. Those of other datasets stay."""
+    a table. Those of other datasets stay, and those of other settings (`how`: length, backend)."""
     from huggingface_hub import EvalResult, ModelCard
 
     path = folder / "README.md"
@@ -23,45 +23,52 @@ def add_scores(folder: Path, ds: str, split: str, means: dict[str, float]) -> No
         return
     card = ModelCard(path.read_text("utf-8"), ignore_metadata_errors=True)
     about: Any = card.data
-    here: dict[str, Any] = {"task_type": "information-retrieval", "dataset_type": ds, "dataset_name": ds, "dataset_split": split}
-    results = [one for one in about.eval_results or [] if (one.dataset_name, one.dataset_split) != (ds, split)]
+    place = ("dataset_name", "dataset_split", "dataset_config")
+    here: dict[str, Any] = dict(zip(place, (ds, split, how), strict=True))
+    results = [one for one in about.eval_results or [] if any(getattr(one, name) != here[name] for name in place)]
     for name, value in means.items():
-        results.append(EvalResult(metric_type=name.lower(), metric_name=name, metric_value=round(value, 4), **here))
-    about.model_name, about.eval_results = folder.name, results
-    cells = ((one.dataset_name, one.dataset_split, one.metric_name, f"{one.metric_value:.4f}") for one in results)
-    rows = "".join(f"| {' | '.join(row)} |\n" for row in cells)
-    body = card.text.split(HEADING)[0].rstrip("\n")
-    text = f"---\n{card.data.to_yaml()}\n---\n{body}\n{HEADING}\n| dataset | split | measure | value |\n|---|---|---|---|\n{rows}"
+        kind: dict[str, Any] = {
+            "task_type": "information-retrieval",
+            "dataset_type": ds,
+            "metric_type": name.lower(),
+            "metric_name": name,
+        }
+        results.append(EvalResult(metric_value=round(value, 4), **kind, **here))
+    about.model_name, about.eval_results = about.model_name or folder.name, results
+    rows = ""
+    for one in results:
+        cells = [*(getattr(one, name) or "" for name in place), one.metric_name or one.metric_type, one.metric_value]
+        rows += f"| {' | '.join(map(str, cells))} |\n"
+    body = re.sub(rf"{HEADING}.*?(?=\n## |\Z)", "", card.text, flags=re.DOTALL).rstrip("\n")
+    table = f"{HEADING}\n| dataset | split | settings | measure | value |\n|---|---|---|---|---|\n{rows}"
+    text = f"---\n{card.data.to_yaml()}\n---\n{body}\n{table}"
     with jsonl.atomic(path) as file:
         file.write(text.encode())
 
 
-def check(repository: str) -> None:
-    """Raise `BadInput` now rather than after an hour: a name that is none, no token, no Hub."""
-
+def create(repository: str) -> None:
+    """Make the repository, private, where there is none. Raises `BadInput` now rather than after an hour:
+    a name that is none, no Hub, no token or one that may not write there."""
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HTTPError
 
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", repository):
         raise BadInput(f"--push-to-hub {repository}: expected OWNER/NAME")
     try:
-        HfApi().whoami()
+        HfApi().create_repo(repository, private=True, exist_ok=True)
     except (OSError, ValueError, HTTPError) as error:
         raise BadInput(
-            f"--push-to-hub: the Hub does not know you ({_first(error)}); run `hf auth login`, or set HF_TOKEN"
+            f"--push-to-hub {repository}: {_first(error)}; run `hf auth login`, or set HF_TOKEN to one that may write there"
         ) from None
 
 
 def push(folder: Path, repository: str) -> None:
-    """Upload a checkpoint with its card; embeddings and logs of TensorBoard stay here. A new repository is private."""
-
+    """Upload a checkpoint with its card; embeddings and logs of TensorBoard stay here."""
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HTTPError
 
-    api = HfApi()
     try:
-        api.create_repo(repository, private=True, exist_ok=True)
-        made = api.upload_folder(repo_id=repository, folder_path=folder, ignore_patterns=NOT_UPLOADED)
+        made = HfApi().upload_folder(repo_id=repository, folder_path=folder, ignore_patterns=NOT_UPLOADED)
     except (OSError, ValueError, HTTPError) as error:
         raise Failed(
             f"cannot upload {paths.shown(folder)}/ to {repository}: {_first(error)}; the same command tries again"

@@ -151,6 +151,8 @@ def load(ref: ModelRef, device: str | None = None, max_length: int | None = None
         raise BadInput(f"cannot load {ref.name} from {ref.where} to {device or 'the default device'}: {first}") from error
     if not ref.late and not any(isinstance(module, Normalize) for module in model):
         model.append(Normalize())
+    if not getattr(model[1], "include_prompt", True):
+        raise BadInput(f"{ref.name}: its pooling leaves out the prompt (include_prompt false), which is not supported here")
     query, passage = ref.prefixes or (model.prompts.get("query") or "", model.prompts.get("document") or "")
     model.prompts = {"query": query, "document": passage}
     if max_length:
@@ -236,15 +238,19 @@ def similarity(queries: Tensor, passages: Tensor) -> Tensor:
 
 
 def fingerprint(model: Any) -> str:
-    """Hash of everything that decides an embedding: weights, modules, prefixes, length."""
+    """Hash of what a checkpoint says about an embedding: weights, modules, configuration, tokenizer."""
     import torch
 
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    settings = [[type(m).__name__ for m in model], model[1].get_config_dict(), model.prompts, model.max_seq_length]
-    digest.update(json.dumps(settings, sort_keys=True).encode())
+    config = model[0].auto_model.config.to_dict()
+    config = {name: value for name, value in config.items() if name not in ("_name_or_path", "transformers_version")}
+    rules = json.loads(model.tokenizer.backend_tokenizer.to_str())
+    rules = {name: value for name, value in rules.items() if name not in ("truncation", "padding")}  # those change by use
+    settings = [[type(m).__name__ for m in model], model[1].get_config_dict(), config, rules]
+    digest.update(json.dumps(settings, sort_keys=True, default=str).encode())
     return digest.hexdigest()
 
 

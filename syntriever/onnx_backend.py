@@ -42,8 +42,16 @@ def session(model: Any, quantize: bool) -> Callable[[dict[str, Any]], np.ndarray
             return self.encoder({"input_ids": input_ids, "attention_mask": attention_mask})["sentence_embedding"]
 
     transformer = model[0].auto_model
-    texts = [("query", "What is dense retrieval?"), ("document", "The search for passages whose vectors are near the query's.")]
-    sample = {name: models.pad(model, texts, models.tokenize(model, texts))[name] for name in ("input_ids", "attention_mask")}
+
+    def tensors(*texts: str) -> dict[str, Any]:
+        pairs = [("document", text) for text in texts]
+        padded = models.pad(model, pairs, models.tokenize(model, pairs))
+        return {name: padded[name] for name in ("input_ids", "attention_mask")}
+
+    sample = tensors("What is dense retrieval?", "The search for passages whose vectors are near the query's.")
+    others = tensors(
+        "A word.", "A batch of another size, whose texts have other lengths. " * 20, ""
+    )  # what the trace did not see
     axes = {0: "texts", 1: "tokens"}
     before = transformer.config._attn_implementation
     try:
@@ -77,7 +85,10 @@ def session(model: Any, quantize: bool) -> Callable[[dict[str, Any]], np.ndarray
             options.intra_op_num_threads = 1  # passes run side by side instead
             options.log_severity_level = 3
             made = onnxruntime.InferenceSession(small if quantize else fused, options, providers=["CPUExecutionProvider"])
-            expected = model(dict(sample))["sentence_embedding"].numpy()
+            expected = model(dict(others))["sentence_embedding"].numpy()
+    except Exception as error:
+        reason = (str(error).strip() or repr(error)).splitlines()[0]
+        raise BadInput(f"--backend onnx: this encoder cannot be exported ({reason}); use --backend torch") from error
     finally:
         transformer.set_attn_implementation(before)
 
@@ -85,7 +96,7 @@ def session(model: Any, quantize: bool) -> Callable[[dict[str, Any]], np.ndarray
         vectors: np.ndarray = made.run(None, {name: tokens[name].numpy() for name in sample})[0]
         return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
 
-    cosine = float((forward(sample) * expected).sum(1).min())
+    cosine = float((forward(others) * expected).sum(1).min())
     if not cosine > (0.9 if quantize else 0.99999):
         raise BadInput(f"--backend onnx: this encoder does not survive the export (cosine {cosine:.5f}); use --backend torch")
     return forward

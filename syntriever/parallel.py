@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from datetime import timedelta
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -59,15 +59,28 @@ def largest(value: int, device: torch.device) -> int:
 
 
 def gather(array: np.ndarray) -> list[np.ndarray]:
-    """The arrays of all processes, which have one shape, in the order of the processes."""
+    """In process 0 the arrays of all, which have one shape, in the order of the processes; nothing in the others."""
+    if world() == 1:
+        return [array]
     import torch
     from torch import distributed
 
     device = "cuda" if distributed.get_backend() == "nccl" else "cpu"
     own = torch.from_numpy(np.ascontiguousarray(array)).to(device)
-    parts = [torch.empty_like(own) for _ in range(world())]
-    distributed.all_gather(parts, own)
-    return [part.cpu().numpy() for part in parts]
+    parts = [torch.empty_like(own) for _ in range(world())] if rank() == 0 else None
+    distributed.gather(own, parts)
+    return [part.cpu().numpy() for part in parts or ()]
+
+
+def from_first(value: Any) -> Any:
+    """The value that process 0 has, in every process."""
+    if world() == 1:
+        return value
+    from torch import distributed
+
+    box = [value]
+    distributed.broadcast_object_list(box)
+    return box[0]
 
 
 def wait() -> None:

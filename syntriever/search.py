@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from syntriever.errors import BadInput
 from syntriever.metrics import Hits
 
 BLOCK = 16  # shards that are searched at a time
-TRAINING_SAMPLE = 200_000  # passages that train an approximate index
+TRAINING_SAMPLE = 200_000  # passages that train an approximate index, or 40 for each cell of an inverted file
 JUDGED = 200  # queries on which its recall is measured
 
 Found = tuple[np.ndarray, np.ndarray]  # (Q, k) scores, best first, and positions of the passages; -1 where there is none
@@ -33,21 +33,34 @@ def similarity(queries: Any, passages: Any) -> np.ndarray:
 
 def exact(embeddings: Embeddings, queries: Any, k: int, device: str = "cpu") -> Found:
     """The best passages by inner product, or by MaxSim of a late-interaction encoder. Each process of a
-    run searches its share of the shards, and all have the result."""
-    best = _scan(embeddings, embeddings.starts[parallel.rank() :: parallel.world()], queries, k, device)
-    if parallel.world() > 1:
-        missing = ((0, 0), (0, k - best[0].shape[1]))
-        padded = np.pad(best[0], missing, constant_values=-np.inf), np.pad(best[1], missing, constant_values=-1)
-        best = _merge(k, list(zip(*map(parallel.gather, padded), strict=True)))
-    return best
+    run searches its share of the shards; the first one has the result. Which of several passages whose
+    score equals the k-th is among the k is not defined."""
+    found = _scan(embeddings, embeddings.starts[parallel.rank() :: parallel.world()], queries, k, device)
+    if parallel.world() == 1:
+        return found
+    best = _heap(len(queries), k)
+    for scores, positions in zip(*map(parallel.gather, found), strict=True):
+        best.add_result(scores, positions)
+    return _sorted(best)
+
+
+def _heap(queries: int, k: int) -> Any:
+    """The k best so far of every query: 12 bytes each."""
+    import faiss
+
+    return faiss.ResultHeap(queries, k, keep_max=True)
+
+
+def _sorted(best: Any) -> Found:
+    best.finalize()
+    return best.D, best.I
 
 
 def _scan(embeddings: Embeddings, own: Sequence[int], queries: Any, k: int, device: str = "cpu") -> Found:
     """The best passages of the shards `own`. Memory is one block of them, on `device`."""
     from tqdm import tqdm
 
-    best: Found = np.empty((len(queries), 0), np.float32), np.empty((len(queries), 0), np.int64)
-    size = 1 if embeddings.late else BLOCK
+    best, size = _heap(len(queries), k), 1 if embeddings.late else BLOCK
     with tqdm(total=len(own) * encoding.SHARD, unit="passage", desc="search", delay=2, disable=parallel.rank() > 0) as bar:
         for starts in (own[at : at + size] for at in range(0, len(own), size)):
             if embeddings.late:
@@ -57,9 +70,9 @@ def _scan(embeddings: Embeddings, own: Sequence[int], queries: Any, k: int, devi
                 scores, rows = _best_of_block(queries, embeddings.block(starts), k, device)
             # Rows of the block to positions in the corpus: the shards of a block need not be neighbours.
             positions = np.asarray(starts)[rows // encoding.SHARD] + rows % encoding.SHARD
-            best = _merge(k, [best, (scores, positions)])
+            best.add_result(scores, positions)
             bar.update(len(starts) * encoding.SHARD)
-    return best
+    return _sorted(best)
 
 
 def _best_of_block(queries: np.ndarray, block: np.ndarray, k: int, device: str) -> Found:
@@ -84,13 +97,6 @@ def _on_device(queries: np.ndarray, block: np.ndarray, k: int, device: str, at_a
     return tuple(np.concatenate([made.cpu().numpy() for made in column]) for column in zip(*parts, strict=True))  # type: ignore[return-value]
 
 
-def _merge(k: int, found: Sequence[Found]) -> Found:
-    """The k best of several; among equal scores the earlier passage."""
-    scores, positions = (np.concatenate(part, axis=1) for part in zip(*found, strict=True))
-    order = np.lexsort((positions, -scores))[:, :k]
-    return np.take_along_axis(scores, order, 1), np.take_along_axis(positions, order, 1)
-
-
 def approximate(embeddings: Embeddings, queries: np.ndarray, k: int, factory: str, seed: int, recall: float) -> Found:
     """The same through a FAISS index-factory string, trained on a sample. What an inverted file or a
     graph looks at (`nprobe`, `efSearch`) is doubled until `recall` of the exact top k is found; prints both.
@@ -98,6 +104,7 @@ def approximate(embeddings: Embeddings, queries: np.ndarray, k: int, factory: st
     The index is kept beside the embeddings and used again.
     """
     import faiss
+    from tqdm import tqdm
 
     index = _index(embeddings, factory, seed)
     some = queries[np.random.default_rng(seed).permutation(len(queries))[:JUDGED]]
@@ -124,7 +131,9 @@ def approximate(embeddings: Embeddings, queries: np.ndarray, k: int, factory: st
     stage.say(f"note:  --index {factory}{how} finds {reached:.4f} of the exact top {k} ({len(some)} queries)")
     if reached < recall:
         stage.say(f"warning: that is less than --recall {recall:g}; this index loses too much, or looks at too little")
-    scores, positions = index.search(queries, k)
+    windows = tqdm(range(0, len(queries), encoding.SHARD), desc="search", delay=2)
+    parts = [index.search(queries[at : at + encoding.SHARD], k) for at in windows]
+    scores, positions = (np.concatenate(column) for column in zip(*parts, strict=True))
     return scores, positions
 
 
@@ -155,7 +164,8 @@ def _index(embeddings: Embeddings, factory: str, seed: int) -> Any:
     blocks = [embeddings.starts[at : at + BLOCK] for at in range(0, len(embeddings.starts), BLOCK)]
     if not index.is_trained:
         rng, sample = np.random.default_rng(seed), []
-        share = min(1.0, TRAINING_SAMPLE / embeddings.count)
+        inner = faiss.try_extract_index_ivf(index)
+        share = min(1.0, max(TRAINING_SAMPLE, 40 * inner.nlist if inner else 0) / embeddings.count)
         for starts in blocks:
             block = embeddings.block(starts)
             sample.append(block[np.sort(rng.choice(len(block), max(1, round(len(block) * share)), replace=False))])
@@ -188,19 +198,28 @@ def top_k(
     factory: str | None = None,
     recall: float = 0.95,
     seed: int = 42,
-) -> Iterator[tuple[str, Hits]]:
+) -> Iterable[tuple[str, Hits]]:
     """(query id, [(passage id, score), ...]) of every query over the whole corpus: best first, and among
-    equal scores as trec_eval orders them. Of several processes the first gets it, the others nothing."""
+    equal scores as trec_eval orders them. Of several processes the first gets it, the others nothing.
+    The search is over when this returns; only the naming of the passages goes query by query."""
+    from tqdm import tqdm
+
     if factory:
         _empty_index(factory, encoder.dim)  # a mistake shows now, not after the encoding
     embeddings = encoding.embed(encoder, corpus, folder, dtype)
-    vectors = encoder(list(queries.values()), "query")
-    if factory and parallel.rank() == 0:
-        found = approximate(embeddings, vectors, k, factory, seed, recall)
-    elif not factory:
+    texts, size = list(queries.values()), encoding.SHARD
+    windows = tqdm(range(0, len(texts), size), desc="queries", delay=2, disable=parallel.rank() > 0)
+    parts = [encoder(texts[at : at + size], "query") for at in windows]
+    vectors: Any = [tokens for part in parts for tokens in part] if encoder.late else np.concatenate(parts)
+    if not factory:
         found = exact(embeddings, vectors, k, str(encoder.model.device))
+    elif parallel.rank() == 0:
+        found = approximate(embeddings, vectors, k, factory, seed, recall)
     if parallel.rank():
-        return
-    for query, scores, positions in zip(queries, *found, strict=True):
-        hits = [(corpus.id(p), float(s)) for s, p in zip(scores, positions, strict=True) if p >= 0]
-        yield query, sorted(hits, key=lambda hit: hit[::-1], reverse=True)
+        return ()
+
+    def hits(scores: np.ndarray, positions: np.ndarray) -> Hits:
+        named = [(corpus.id(p), float(s)) for s, p in zip(scores, positions, strict=True) if p >= 0]
+        return sorted(named, key=lambda hit: hit[::-1], reverse=True)
+
+    return ((query, hits(*of_query)) for query, *of_query in zip(queries, *found, strict=True))

@@ -100,8 +100,41 @@ def test_backends_give_the_same_vectors(tiny_encoder, docstrings, backend, cosin
         np.testing.assert_allclose(library(model, texts[:3], "document"), expected[:3], atol=1e-6)
 
 
+def test_late_interaction_goes_on_with_half_the_texts_when_memory_runs_out(tiny_colbert, docstrings, monkeypatch):
+    model = models.load(models.resolve(str(tiny_colbert), "tiny"), "cpu")
+    texts = [passage for _, _, passage in docstrings]
+    expected = Encoder(model)(texts, "document")
+    sizes, real = [], model.encode
+
+    def small(*args, batch_size, **options):
+        sizes.append(batch_size)
+        if batch_size > 3:
+            raise MemoryError
+        return real(*args, batch_size=batch_size, **options)
+
+    monkeypatch.setattr(model, "encode", small)
+    longest = models.longest(model, "document")
+    for made, tokens in zip(Encoder(model, batch_tokens=12 * longest)(texts, "document"), expected, strict=True):
+        np.testing.assert_allclose(made, tokens, atol=1e-5)
+    assert sizes == [12, 6, 3]
+
+
+def test_pooling_without_the_prompt_is_refused(model, tmp_path):
+    folder = tmp_path / "e5-small-other"
+    models.save(model, folder, "")
+    (config,) = folder.glob("*_Pooling/config.json")
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"include_prompt": False}))
+    with pytest.raises(BadInput, match="include_prompt"):
+        models.load(models.resolve(str(folder), "tiny"), "cpu")
+
+
 def test_an_export_that_goes_wrong_is_refused(model, monkeypatch):
     import onnxruntime
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.onnx, "export", lambda *a, **k: (_ for _ in ()).throw(RuntimeError("no symbol for aten::roll\nmore")))
+        with pytest.raises(BadInput, match=r"cannot be exported \(no symbol for aten::roll\); use --backend torch"):
+            onnx_backend.session(model, quantize=False)
 
     real = onnxruntime.InferenceSession.run
     monkeypatch.setattr(onnxruntime.InferenceSession, "run", lambda *a: [-real(*a)[0]])
@@ -138,7 +171,7 @@ def test_float16_shards_are_half_as_large_and_find_the_same(home, model, corpus,
     full, half = (dict(search.top_k(Encoder(model), corpus, home / dtype, queries, 5, dtype)) for dtype in ("float32", "float16"))
     for query in queries:
         np.testing.assert_allclose([s for _, s in half[query]], [s for _, s in full[query]], atol=2e-3)
-    sizes = [sum(np.load(path).nbytes for path in (home / dtype).glob("*.npy")) for dtype in ("float32", "float16")]
+    sizes = [sum(np.load(path).nbytes for path in (home / dtype).glob("*/*.npy")) for dtype in ("float32", "float16")]
     assert sizes == [60 * 32 * 4, 60 * 32 * 2]
 
 
@@ -155,27 +188,38 @@ def test_only_missing_shards_are_encoded_and_other_settings_start_anew(home, mod
         return sum(encoded)
 
     assert embed() == 60
-    before = {path.name: digest(path) for path in folder.glob("*.npy")}
+    before = {path.name: digest(path) for path in folder.glob("*/*.npy")}
     assert len(before) == 3
-    sorted(folder.glob("*.npy"))[1].unlink()
+    sorted(folder.glob("*/*.npy"))[1].unlink()
     assert embed() == 25
-    assert {path.name: digest(path) for path in folder.glob("*.npy")} == before
+    assert {path.name: digest(path) for path in folder.glob("*/*.npy")} == before
     assert embed() == 0
+    weight = next(model.parameters())
     with torch.no_grad():
-        next(model.parameters())[0, 0] += 1e-3  # same shapes, other weights
+        weight[0, 0] += 1e-3  # same shapes, other weights
     capsys.readouterr()
     assert embed() == 60
-    assert "was made with another model; encoding anew" in capsys.readouterr().out
-    model.max_seq_length = 20
+    assert "stays; it was made with another model\n" in capsys.readouterr().out
+    _, other = sorted(folder.glob("*/embeddings.json"), key=lambda path: path.stat().st_mtime_ns)
+    own_length, model.max_seq_length = model.max_seq_length, 20
     assert embed() == 60
-    assert "another model, max_length" in capsys.readouterr().out
+    assert "another max_length\n" in capsys.readouterr().out
     assert embed(dtype="float16") == 60
-    assert "another dtype" in capsys.readouterr().out
+    assert "another dtype\n" in capsys.readouterr().out
+    model.prompts["query"] = "other: "  # decides nothing about a passage
+    assert embed(dtype="float16") == 0
     model.prompts["document"] = "text: "
     assert embed(dtype="float16") == 60
-    assert "prefix" in capsys.readouterr().out
-    (folder / "embeddings.json").write_text("{torn")
-    assert embed(dtype="float16") == 60
+    assert "another prefix\n" in capsys.readouterr().out
+    model.max_seq_length, model.prompts["document"] = own_length, "passage: "
+    assert embed() == 0  # those of the first settings are still there
+    other.write_text("{torn")
+    assert embed() == 60
+    assert "is not what its name says; encoding anew" in capsys.readouterr().out
+    model[0].auto_model.config.layer_norm_eps *= 2
+    assert embed() == 60
+    model.tokenizer.add_tokens(["zzyzx"])
+    assert embed() == 60
 
 
 def test_a_shard_that_is_not_what_the_sidecar_says_is_named(home, model, corpus, small_shards):
@@ -219,18 +263,18 @@ def test_a_kill_while_encoding_costs_one_shard(home, tiny_encoder, number):
     process = subprocess.Popen(command, env=env, start_new_session=True, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL,
                                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))  # fmt: skip
     deadline = time.monotonic() + 120
-    while len(list(folder.glob("0*.npy"))) < 3 and process.poll() is None and time.monotonic() < deadline:
+    while len(list(folder.glob("*/0*.npy"))) < 3 and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.02)
     process.send_signal(number)
     process.wait(60)
     assert process.returncode == (130 if number == signal.SIGINT else -9)
-    there = {path.name: path.stat().st_mtime_ns for path in folder.glob("0*.npy")}
+    there = {path.name: path.stat().st_mtime_ns for path in folder.glob("*/0*.npy")}
     assert 3 <= len(there) < 9
     assert not top.exists()
     done = subprocess.run(command, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert {path.name: path.stat().st_mtime_ns for path in folder.glob("0*.npy") if path.name in there} == there
-    assert len(list(folder.glob("0*.npy"))) == 9
+    assert {path.name: path.stat().st_mtime_ns for path in folder.glob("*/0*.npy") if path.name in there} == there
+    assert len(list(folder.glob("*/0*.npy"))) == 9
     resumed = top.read_bytes()
     shutil.rmtree(folder)
     assert subprocess.run(command, env=env, capture_output=True).returncode == 0
@@ -244,14 +288,14 @@ def test_two_processes_share_the_shards_and_find_the_same(home, tiny_encoder, tm
     folder, top = home / "output" / "e5-small-tiny" / "embeddings" / "tiny", home / "stage2" / "e5-small-tiny_tiny_top8.jsonl"
     assert subprocess.run([sys.executable, script], env=env, capture_output=True).returncode == 0
     alone = [json.loads(line) for line in top.read_text().splitlines()]
-    shards = {path.name: np.load(path) for path in folder.glob("0*.npy")}
+    shards = {path.relative_to(folder): np.load(path) for path in folder.glob("*/0*.npy")}
     shutil.rmtree(folder)
     top.unlink()
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", script]
     done = subprocess.run(launch, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("wrote  stage2/") == 1
-    assert {path.name for path in folder.glob("0*.npy")} == shards.keys()
+    assert {path.relative_to(folder) for path in folder.glob("*/0*.npy")} == shards.keys()
     for name, vectors in shards.items():
         np.testing.assert_allclose(np.load(folder / name), vectors, atol=1e-6)
     together = [json.loads(line) for line in top.read_text().splitlines()]
@@ -311,7 +355,7 @@ def test_an_index_of_other_embeddings_or_cut_short_is_not_read(stage1, home, run
     monkeypatch.setattr(faiss, "read_index", lambda *a: opened.append(a) or real(*a))
     assert run_script(*args)[0] == 0
     assert len(opened) == 1
-    index = stage1 / "embeddings" / "tiny" / "index.faiss"
+    (index,) = (stage1 / "embeddings" / "tiny").glob("*/index.faiss")
     index.write_bytes(index.read_bytes()[:-10])
     for change in ((), ("--seed", 1), ("--max-length", 20), ("--max-length", 20, "--dtype", "float16")):
         code, out, err = run_script(*args, *change)
@@ -361,7 +405,7 @@ def test_retrieval_writes_the_top_of_every_training_query(stage1, home, run_scri
         assert len({passage["id"] for passage in row["passages"]}) == 8
         assert scores == sorted(scores, reverse=True)
         assert row["query"] == queries[row["query_id"]]
-    assert (stage1 / "embeddings" / "tiny" / "embeddings.json").is_file()
+    assert len(list((stage1 / "embeddings" / "tiny").glob("*/embeddings.json"))) == 1
 
 
 def test_a_query_from_the_shell(stage1, home, corpus, model, run_script):
@@ -579,12 +623,32 @@ def test_scores_go_into_the_model_card_once(stage1, home, run_script):
     assert len(found) == len(card.data.eval_results) == 10
     assert found["tiny", "nDCG@10"] == pytest.approx(result["nDCG@10"], abs=5e-5)
     assert card.text.count("## Scores") == 1
-    assert f"| tiny | test | nDCG@10 | {result['nDCG@10']:.4f} |" in card.text
+    assert f"| nDCG@10 | {round(result['nDCG@10'], 4)} |" in card.text
     assert card.text.startswith(before.split("---\n")[2].rstrip()[:200])
     assert card.data.library_name == "sentence-transformers"
     assert digest(stage1 / "model.safetensors") == weights
     SentenceTransformer(str(stage1), device="cpu")
-    hub.add_scores(home / "nowhere", "tiny", "test", {"nDCG@10": 0.5})  # a folder without a card stays without
+    hub.add_scores(home / "nowhere", "tiny", "test", "", {"nDCG@10": 0.5})  # a folder without a card stays without
+    assert run_script("evaluate.py", SFT, "tiny", "--ks", "1,10", "--device", "cpu", "--max-length", 20)[0] == 0
+    assert len(ModelCard.load(stage1 / "README.md").data.eval_results) == 15  # a shorter text takes nothing's place
+
+
+def test_what_others_wrote_into_a_model_card_stays(tmp_path):
+    from huggingface_hub import ModelCard
+
+    entry = "{task: {type: Clustering}, dataset: {type: mteb/x, name: X}, metrics: [{type: v_measure, value: high}]}"
+    card = f"---\nmodel-index:\n- name: theirs\n  results: [{entry}]\n---\n# Title\n\n## Scores\n\nold\n\n## License\nfree\n"
+    (tmp_path / "README.md").write_text(card)
+    for value in (0.1, 0.2):
+        hub.add_scores(tmp_path, "tiny", "test", "96 tokens", {"nDCG@10": value})
+    text = (tmp_path / "README.md").read_text()
+    made = ModelCard(text)
+    assert [one.metric_value for one in made.data.eval_results] == ["high", 0.2]
+    assert made.data.model_name == "theirs"
+    assert "## License\nfree" in text
+    assert "old" not in text
+    assert "| X |  |  | v_measure | high |" in text
+    assert "| tiny | test | 96 tokens | nDCG@10 | 0.2 |" in text
 
 
 @pytest.fixture
@@ -601,8 +665,6 @@ def fake_hub():
             reply, status = {}, 200
             if self.headers.get("Authorization") != "Bearer hf_good":
                 reply, status = {"error": "Invalid username or password."}, 401
-            elif "whoami" in self.path:
-                reply = {"name": "me", "type": "user", "orgs": [], "auth": {"accessToken": {"displayName": "t", "role": "write"}}}
             elif self.path == "/api/repos/create":
                 server.created = json.loads(body)
                 reply = {"url": f"{server.url}/me/model", "id": "me/model", "name": "me/model"}
@@ -644,7 +706,7 @@ def test_push_uploads_the_checkpoint_with_its_scores_and_nothing_else(stage1, ho
 
     refused = evaluate("hf_bad", SFT, "tiny")
     assert refused.returncode == 2
-    assert "the Hub does not know you" in refused.stderr
+    assert "run `hf auth login`" in refused.stderr
     assert "read " not in refused.stdout  # before any work
     several = evaluate("hf_good", "bm25", SFT, "tiny")
     assert (several.returncode, "takes one model" in several.stderr) == (2, True)
