@@ -22,7 +22,7 @@ PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
 <title>Syntriever: evaluation</title>
 <style>
-:root { color-scheme: light dark; --line: #8884; --mark: #2a78; --bad: #c33; --good: #283; }
+:root { color-scheme: light dark; --line: #8884; --mark: #2a74; --bad: #c33; --good: #283; }
 @media (prefers-color-scheme: dark) { :root { --bad: #f77; --good: #6c8; } }
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 76rem; margin: 2rem auto; padding: 0 1rem; }
 table { border-collapse: collapse; margin: 1rem 0; font-variant-numeric: tabular-nums; }
@@ -119,7 +119,7 @@ def _scatter(data: Any, values: dict[str, dict[str, float]], measure: str) -> st
     won, lost = (sum(sign * values[new][q] > sign * values[old][q] for q in values[old]) for sign in (1, -1))
     return (
         f'<p><span class="good">{won} won</span>, <span class="bad">{lost} lost</span>, {len(values[old]) - won - lost} equal</p>'
-        '<svg viewBox="0 0 360 350" role="img"><title>per-query win/loss</title>'
+        '<svg viewBox="0 -4 360 354" role="img"><title>per-query win/loss</title>'
         '<path d="M40 10V310H340M40 310L340 10" fill="none" stroke="grey" stroke-width=".7"/>'
         + "".join(points)
         + f'<text x="190" y="343" text-anchor="middle">{escape(old)}, {measure}</text>'
