@@ -96,20 +96,23 @@ def main(args: argparse.Namespace) -> None:
                 models.check_backend(refs[model, ds], args.backend)
                 stage.check_fresh(refs[model, ds].weights, args.force)
         beir.load_qrels(ds, args.split)
+        names = [refs[model, ds].name for model in args.models if model != "bm25"]
+        if len(set(names)) < len(names):
+            raise BadInput(f"two models have one short name ({', '.join(names)}), and so the same result files; rename a folder")
     checkpoint = None
     if args.push_to_hub:
         folders = {ref.folder for ref in refs.values()}
         if len(args.models) > 1 or None in folders or len(folders) != 1:
             raise BadInput("--push-to-hub takes one model, which is a folder or a checkpoint of this project")
         (checkpoint,) = folders
-        if parallel.rank() == 0:
-            hub.create(args.push_to_hub)
     inputs = []
     for ds in datasets:
         corpus = beir.Corpus(ds)
         if max(ks) > len(corpus):
             raise BadInput(f"--ks {args.ks}: {paths.shown(corpus.path)} has only {len(corpus)} passages")
         inputs.append(Inputs(ds, corpus, *beir.load_split(ds, args.split, corpus, args.strict)))
+    if checkpoint and parallel.rank() == 0:
+        hub.create(args.push_to_hub)
     device = parallel.start(args.device)
     table: dict[str, dict[str, Measures]] = {}
     sections = []
@@ -142,9 +145,9 @@ def main(args: argparse.Namespace) -> None:
         hub.push(checkpoint, args.push_to_hub)
 
 
-@functools.lru_cache(4)
+@functools.lru_cache(1)
 def load(ref: models.ModelRef, device: str | None, max_length: int | None, backend: str, batch_tokens: int | None) -> Any:
-    """An encoder, kept for the next dataset."""
+    """An encoder, kept for the next dataset where it is the only one."""
     from syntriever import encoding
 
     return encoding.Encoder(models.load(ref, device, max_length), backend, batch_tokens)
@@ -218,7 +221,7 @@ def measure(
     draw({**before, model: measures}, ks, target[".png"], f"{ds}, {args.split} split, {len(qrels)} queries")
     record.write(target[".json"], **means)
     stage.say(f"wrote  {paths.shown(target['.json'])}, .trec, .png")
-    if ref and ref.folder and (models.is_own(model) or args.push_to_hub):
+    if ref and ref.folder and models.is_own(model):
         how = f"{encoder['max_length']} tokens, {encoder['backend']}, {encoder['dtype']}"
         hub.add_scores(ref.folder, ds, args.split, how, {name: means[name] for name in columns(ks)})
     return measures, tests

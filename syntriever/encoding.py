@@ -62,7 +62,7 @@ class Encoder:
         return {
             "model": models.fingerprint(self.model),
             "prefix": self.model.prompts["document"] or "",
-            "max_length": self.model.max_seq_length,
+            "max_length": self.model[0].document_length or self.model.max_seq_length,
             "dim": self.dim,
             "backend": self.backend + (" bfloat16" if self._bf16 else ""),
         }
@@ -261,6 +261,6 @@ def load_sidecar(path: Path) -> dict[str, Any]:
     """What made the files beside it; empty where there is none."""
     try:
         found = json.loads(path.read_bytes())
-    except (OSError, ValueError):
+    except (FileNotFoundError, ValueError):
         return {}  # none, or a torn one: whatever lies beside it is not to be trusted
     return found if isinstance(found, dict) else {}

@@ -9,7 +9,7 @@ from typing import Any
 from syntriever import jsonl, paths, stage
 from syntriever.errors import BadInput, Failed
 
-HEADING = "\n## Scores\n"
+BEGIN, END = "<!-- scores by evaluate.py -->", "<!-- end of scores -->"
 NOT_UPLOADED = ["embeddings/*", "tensorboard/*", ".*"]
 
 
@@ -21,7 +21,12 @@ def add_scores(folder: Path, ds: str, split: str, how: str, means: dict[str, flo
     path = folder / "README.md"
     if not path.is_file():
         return
-    card = ModelCard(path.read_text("utf-8"), ignore_metadata_errors=True)
+    try:
+        card = ModelCard(path.read_text("utf-8"))
+    except Exception as error:
+        # Whatever its parser raises at what somebody wrote there: the scores lie in results/ all the same.
+        stage.say(f"note:  {paths.shown(path)} is not a model card that can be read ({_first(error)}); it stays without scores")
+        return
     about: Any = card.data
     place = ("dataset_name", "dataset_split", "dataset_config")
     here: dict[str, Any] = dict(zip(place, (ds, split, how), strict=True))
@@ -39,9 +44,10 @@ def add_scores(folder: Path, ds: str, split: str, how: str, means: dict[str, flo
     for one in results:
         cells = [*(getattr(one, name) or "" for name in place), one.metric_name or one.metric_type, one.metric_value]
         rows += f"| {' | '.join(map(str, cells))} |\n"
-    body = re.sub(rf"{HEADING}.*?(?=\n## |\Z)", "", card.text, flags=re.DOTALL).rstrip("\n")
-    table = f"{HEADING}\n| dataset | split | settings | measure | value |\n|---|---|---|---|---|\n{rows}"
-    text = f"---\n{card.data.to_yaml()}\n---\n{body}\n{table}"
+    table = f"{BEGIN}\n## Scores\n\n| dataset | split | settings | measure | value |\n|---|---|---|---|---|\n{rows}{END}"
+    before, _, rest = card.text.partition(BEGIN)
+    after = rest.partition(END)[2].strip("\n")
+    text = f"---\n{card.data.to_yaml()}\n---\n{before.rstrip()}\n\n{table}\n" + (f"\n{after}\n" if after else "")
     with jsonl.atomic(path) as file:
         file.write(text.encode())
 
@@ -56,6 +62,7 @@ def create(repository: str) -> None:
         raise BadInput(f"--push-to-hub {repository}: expected OWNER/NAME")
     try:
         HfApi().create_repo(repository, private=True, exist_ok=True)
+        HfApi().auth_check(repository, write=True)  # the former is content where the repository exists
     except (OSError, ValueError, HTTPError) as error:
         raise BadInput(
             f"--push-to-hub {repository}: {_first(error)}; run `hf auth login`, or set HF_TOKEN to one that may write there"

@@ -247,9 +247,10 @@ def fingerprint(model: Any) -> str:
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     config = model[0].auto_model.config.to_dict()
     config = {name: value for name, value in config.items() if name not in ("_name_or_path", "transformers_version")}
-    rules = json.loads(model.tokenizer.backend_tokenizer.to_str())
+    tokenizer = model.tokenizer
+    rules = json.loads(tokenizer.backend_tokenizer.to_str()) if tokenizer.is_fast else tokenizer.get_vocab()
     rules = {name: value for name, value in rules.items() if name not in ("truncation", "padding")}  # those change by use
-    settings = [[type(m).__name__ for m in model], model[1].get_config_dict(), config, rules]
+    settings = [[[type(m).__name__, m.get_config_dict()] for m in model], config, rules]
     digest.update(json.dumps(settings, sort_keys=True, default=str).encode())
     return digest.hexdigest()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator, Sequence
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
@@ -58,18 +59,25 @@ def largest(value: int, device: torch.device) -> int:
     return int(found)
 
 
-def gather(array: np.ndarray) -> list[np.ndarray]:
-    """In process 0 the arrays of all, which have one shape, in the order of the processes; nothing in the others."""
+def collect(arrays: Sequence[np.ndarray]) -> Iterator[list[np.ndarray]]:
+    """In process 0 the arrays of the others, which have the same shapes, one process after another; nothing
+    in the others."""
     if world() == 1:
-        return [array]
+        return
     import torch
     from torch import distributed
 
     device = "cuda" if distributed.get_backend() == "nccl" else "cpu"
-    own = torch.from_numpy(np.ascontiguousarray(array)).to(device)
-    parts = [torch.empty_like(own) for _ in range(world())] if rank() == 0 else None
-    distributed.gather(own, parts)
-    return [part.cpu().numpy() for part in parts or ()]
+    own = [torch.from_numpy(np.ascontiguousarray(array)).to(device) for array in arrays]
+    if rank():
+        for tensor in own:
+            distributed.send(tensor, 0)
+        return
+    for other in range(1, world()):
+        received = [torch.empty_like(tensor) for tensor in own]
+        for tensor in received:
+            distributed.recv(tensor, other)
+        yield [tensor.cpu().numpy() for tensor in received]
 
 
 def from_first(value: Any) -> Any:
@@ -84,8 +92,9 @@ def from_first(value: Any) -> Any:
 
 
 def wait() -> None:
-    """Return when all processes are here."""
+    """Return when all processes that have started are here."""
     if world() > 1:
         from torch import distributed
 
-        distributed.barrier()
+        if distributed.is_initialized():
+            distributed.barrier()

@@ -35,32 +35,19 @@ def exact(embeddings: Embeddings, queries: Any, k: int, device: str = "cpu") -> 
     """The best passages by inner product, or by MaxSim of a late-interaction encoder. Each process of a
     run searches its share of the shards; the first one has the result. Which of several passages whose
     score equals the k-th is among the k is not defined."""
-    found = _scan(embeddings, embeddings.starts[parallel.rank() :: parallel.world()], queries, k, device)
-    if parallel.world() == 1:
-        return found
-    best = _heap(len(queries), k)
-    for scores, positions in zip(*map(parallel.gather, found), strict=True):
+    best = _scan(embeddings, embeddings.starts[parallel.rank() :: parallel.world()], queries, k, device)
+    for scores, positions in parallel.collect([best.D, best.I]):
         best.add_result(scores, positions)
-    return _sorted(best)
-
-
-def _heap(queries: int, k: int) -> Any:
-    """The k best so far of every query: 12 bytes each."""
-    import faiss
-
-    return faiss.ResultHeap(queries, k, keep_max=True)
-
-
-def _sorted(best: Any) -> Found:
     best.finalize()
     return best.D, best.I
 
 
-def _scan(embeddings: Embeddings, own: Sequence[int], queries: Any, k: int, device: str = "cpu") -> Found:
-    """The best passages of the shards `own`. Memory is one block of them, on `device`."""
+def _scan(embeddings: Embeddings, own: Sequence[int], queries: Any, k: int, device: str = "cpu") -> Any:
+    """`faiss.ResultHeap` of the best passages of the shards `own`. Memory is one block of them, on `device`."""
+    import faiss
     from tqdm import tqdm
 
-    best, size = _heap(len(queries), k), 1 if embeddings.late else BLOCK
+    best, size = faiss.ResultHeap(len(queries), k, keep_max=True), 1 if embeddings.late else BLOCK
     with tqdm(total=len(own) * encoding.SHARD, unit="passage", desc="search", delay=2, disable=parallel.rank() > 0) as bar:
         for starts in (own[at : at + size] for at in range(0, len(own), size)):
             if embeddings.late:
@@ -71,8 +58,9 @@ def _scan(embeddings: Embeddings, own: Sequence[int], queries: Any, k: int, devi
             # Rows of the block to positions in the corpus: the shards of a block need not be neighbours.
             positions = np.asarray(starts)[rows // encoding.SHARD] + rows % encoding.SHARD
             best.add_result(scores, positions)
+            del scores, rows, positions  # as large as what is kept
             bar.update(len(starts) * encoding.SHARD)
-    return _sorted(best)
+    return best
 
 
 def _best_of_block(queries: np.ndarray, block: np.ndarray, k: int, device: str) -> Found:
@@ -108,7 +96,7 @@ def approximate(embeddings: Embeddings, queries: np.ndarray, k: int, factory: st
 
     index = _index(embeddings, factory, seed)
     some = queries[np.random.default_rng(seed).permutation(len(queries))[:JUDGED]]
-    truth = _scan(embeddings, embeddings.starts, some, k)[1]
+    truth = _scan(embeddings, embeddings.starts, some, k).I
 
     def measure() -> float:
         return float(
@@ -163,17 +151,20 @@ def _index(embeddings: Embeddings, factory: str, seed: int) -> Any:
     index = _empty_index(factory, embeddings.dim)
     blocks = [embeddings.starts[at : at + BLOCK] for at in range(0, len(embeddings.starts), BLOCK)]
     if not index.is_trained:
-        rng, sample = np.random.default_rng(seed), []
         inner = faiss.try_extract_index_ivf(index)
-        share = min(1.0, max(TRAINING_SAMPLE, 40 * inner.nlist if inner else 0) / embeddings.count)
-        for starts in blocks:
-            block = embeddings.block(starts)
-            sample.append(block[np.sort(rng.choice(len(block), max(1, round(len(block) * share)), replace=False))])
+        size = min(embeddings.count, max(TRAINING_SAMPLE, 40 * inner.nlist if inner else 0))
+        chosen = np.sort(np.random.default_rng(seed).choice(embeddings.count, size, replace=False))
+        sample = np.empty((size, embeddings.dim), np.float32)
+        for start in embeddings.starts:
+            first, last = np.searchsorted(chosen, (start, start + encoding.SHARD))
+            if first < last:
+                sample[first:last] = embeddings.shard(start)[chosen[first:last] - start]
         try:
-            index.train(np.concatenate(sample))
+            index.train(sample)
         except RuntimeError as error:
             message = str(error).splitlines()[-1]
             raise BadInput(f"--index {factory!r} cannot be trained on {embeddings.count:,} passages: {message}") from None
+        del sample
     from tqdm import tqdm
 
     with tqdm(total=embeddings.count, unit="passage", desc="index", delay=2) as bar:
@@ -209,8 +200,9 @@ def top_k(
     embeddings = encoding.embed(encoder, corpus, folder, dtype)
     texts, size = list(queries.values()), encoding.SHARD
     windows = tqdm(range(0, len(texts), size), desc="queries", delay=2, disable=parallel.rank() > 0)
-    parts = [encoder(texts[at : at + size], "query") for at in windows]
-    vectors: Any = [tokens for part in parts for tokens in part] if encoder.late else np.concatenate(parts)
+    vectors: Any = [None] * len(texts) if encoder.late else np.empty((len(texts), encoder.dim), np.float32)
+    for at in windows:
+        vectors[at : at + size] = encoder(texts[at : at + size], "query")
     if not factory:
         found = exact(embeddings, vectors, k, str(encoder.model.device))
     elif parallel.rank() == 0:

@@ -33,6 +33,7 @@ def run(main: Callable[[argparse.Namespace], None], parse_args: Callable[[], arg
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     try:
         main(parse_args())
+        parallel.wait()  # torchrun gives up on a node whose processes are gone while another still writes
     except BadInput as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -119,6 +119,17 @@ def test_late_interaction_goes_on_with_half_the_texts_when_memory_runs_out(tiny_
     assert sizes == [12, 6, 3]
 
 
+def test_lengths_and_masks_of_late_interaction_have_embeddings_of_their_own(tiny_colbert):
+    model = models.load(models.resolve(str(tiny_colbert), "tiny"), "cpu")
+    seen = [Encoder(model).settings()]
+    model[0].document_length = 7
+    seen.append(Encoder(model).settings())
+    (mask,) = [module for module in model if "skiplist_words" in module.get_config_dict()]
+    mask.skiplist_words = ["other"]
+    seen.append(Encoder(model).settings())
+    assert len({json.dumps(one) for one in seen}) == 3
+
+
 def test_pooling_without_the_prompt_is_refused(model, tmp_path):
     folder = tmp_path / "e5-small-other"
     models.save(model, folder, "")
@@ -506,6 +517,13 @@ def test_evaluate_writes_measures_run_and_picture(stage1, home, tiny_encoder, ru
     assert "two-sided p" in out
 
 
+def test_models_of_one_short_name_would_overwrite_each_other(home, tiny_encoder, tmp_path, run_script):
+    other = shutil.copytree(tiny_encoder, tmp_path / tiny_encoder.name)
+    code, out, err = run_script("evaluate.py", tiny_encoder, other, "tiny", "--ks", "5")
+    assert (code, "two models have one short name" in err) == (2, True), err
+    assert not (home / "results").exists()
+
+
 def test_evaluate_zero_shot_keeps_results_apart(stage1, home, docstrings, run_script):
     shutil.copytree(home / "datasets" / "tiny", home / "datasets" / "other")
     code, out, err = run_script("evaluate.py", SFT, "tiny", "other", "--trained-on", "tiny", "--ks", "10", "--device", "cpu")
@@ -645,8 +663,20 @@ def test_what_others_wrote_into_a_model_card_stays(tmp_path):
     made = ModelCard(text)
     assert [one.metric_value for one in made.data.eval_results] == ["high", 0.2]
     assert made.data.model_name == "theirs"
-    assert "## License\nfree" in text
-    assert "old" not in text
+    assert text.count("## Scores\n\n| dataset |") == 1
+    assert "# Title\n\n## Scores\n\nold\n\n## License\nfree" in text
+    below = text + "\n# Below\n"
+    (tmp_path / "README.md").write_text(below)
+    hub.add_scores(tmp_path, "tiny", "test", "96 tokens", {"nDCG@10": 0.2})
+    assert (tmp_path / "README.md").read_text() == below
+    for broken in (
+        "---\na: [\n---\nmine\n",
+        "---\n- a\n---\nmine\n",
+        "---\nmodel-index:\n- name: x\n  results: [{}]\n---\nmine\n",
+    ):
+        (tmp_path / "README.md").write_text(broken)
+        hub.add_scores(tmp_path, "tiny", "test", "96 tokens", {"nDCG@10": 0.2})
+        assert (tmp_path / "README.md").read_text() == broken
     assert "| X |  |  | v_measure | high |" in text
     assert "| tiny | test | 96 tokens | nDCG@10 | 0.2 |" in text
 
@@ -665,6 +695,10 @@ def fake_hub():
             reply, status = {}, 200
             if self.headers.get("Authorization") != "Bearer hf_good":
                 reply, status = {"error": "Invalid username or password."}, 401
+            elif self.path.endswith("/auth-check/write") and server.read_only:
+                reply, status = {"error": "You have read access only"}, 403
+            elif self.path.endswith("/auth-check/write"):
+                reply = {}
             elif self.path == "/api/repos/create":
                 server.created = json.loads(body)
                 reply = {"url": f"{server.url}/me/model", "id": "me/model", "name": "me/model"}
@@ -690,6 +724,7 @@ def fake_hub():
 
     with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
         server.files, server.asked, server.url = {}, [], f"http://127.0.0.1:{server.server_port}"
+        server.read_only = False
         threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
         yield server
         server.shutdown()
@@ -708,6 +743,10 @@ def test_push_uploads_the_checkpoint_with_its_scores_and_nothing_else(stage1, ho
     assert refused.returncode == 2
     assert "run `hf auth login`" in refused.stderr
     assert "read " not in refused.stdout  # before any work
+    fake_hub.read_only = True
+    refused = evaluate("hf_good", SFT, "tiny")
+    assert (refused.returncode, "may write there" in refused.stderr) == (2, True)
+    fake_hub.read_only = False
     several = evaluate("hf_good", "bm25", SFT, "tiny")
     assert (several.returncode, "takes one model" in several.stderr) == (2, True)
     assert not fake_hub.files
