@@ -19,6 +19,7 @@ from syntriever.errors import BadInput
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from syntriever.bank import Bank
     from syntriever.training import LossFunction, Row
 
 # ------------------------------------------------------------------- edit here: the losses
@@ -118,6 +119,42 @@ def cluster_loss(
     return loss.mean()
 
 
+def corpus_loss(
+    query: Tensor,
+    candidates: Tensor,
+    gold: Tensor,
+    known: Tensor,
+    views: Tensor,
+    told: Tensor,
+    temperature: float = 0.05,
+    view_weight: float = 0.3,
+) -> Tensor:
+    """The query is drawn to its gold passage among passages of the corpus, and to what the LLM's texts
+    retrieve there (not in the paper).
+
+    Per row: -log softmax of s(query, gold) over the candidates less the other known relevant ones, plus,
+    where the LLM wrote something (`told`), `view_weight` times the cross-entropy of softmax s(query, .)
+    to softmax s(view, .) over all candidates, s = cos / temperature. A text written for the query is
+    never a candidate: it says which real passages are near to an answer (HyDE, Gao et al. 2023, as a teacher).
+
+    Args:
+        query: (B, D) embeddings, the only ones with a gradient.
+        candidates: (M, D) embeddings of passages by the encoder that training starts from.
+        gold: (B,) column of the row's gold passage.
+        known: (B, M) bool, passages known to be relevant to the query.
+        views: (B, D) mean directions of the query and the LLM's texts, by the same encoder.
+        told: (B,) bool.
+    Returns:
+        Scalar.
+    """
+    scores = models.similarity(query, candidates) / temperature
+    own = scores.gather(1, gold[:, None])
+    cost = scores.masked_fill(known.scatter(1, gold[:, None], False), ABSENT).logsumexp(1) - own[:, 0]
+    target = (models.similarity(views, candidates) / temperature).softmax(1)
+    agreement = -(target * scores.log_softmax(1)).sum(1)
+    return (cost + view_weight * told * agreement).mean()
+
+
 def score_candidates(
     query: Tensor,
     passage: Tensor,
@@ -170,7 +207,7 @@ def ignored_candidates(places: Tensor, known: Tensor) -> Tensor:
     return (~mine & (own_text | again | passages)).view(rows, 4, rows)
 
 
-LOSSES = {"snn": snn_of, "infonce": info_nce_of, "authors": authors_of, "cluster": None}
+LOSSES = {"snn": snn_of, "infonce": info_nce_of, "authors": authors_of, "cluster": None, "corpus": None}
 
 # -----------------------------------------------------------------------------------------------
 
@@ -190,10 +227,20 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         choices=tuple(LOSSES),
         default="snn",
         help="snn: the paper's; infonce: gold passages only; cluster: all views drawn to the gold passage; "
-        "authors: what the authors' code computes (default: %(default)s)",
+        "authors: what the authors' code computes; corpus: passages of the corpus are the candidates, the LLM's texts "
+        "teach which of them are near (default: %(default)s)",
     )
     parser.add_argument(
-        "--view-weight", type=float, default=0.3, help="weight of query to view in --loss cluster (default: %(default)s)"
+        "--view-weight",
+        type=float,
+        default=0.3,
+        help="weight of the LLM's texts in --loss cluster and corpus (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--candidates",
+        type=int,
+        default=100,
+        help="passages of the corpus for each query of a batch in --loss corpus (default: %(default)s)",
     )
     parser.add_argument(
         "--no-mask-known-positives",
@@ -247,6 +294,28 @@ def make_loss(args: argparse.Namespace, relevant: Sequence[set[int]]) -> LossFun
     return loss
 
 
+def make_corpus_loss(args: argparse.Namespace, bank: Bank, told: Sequence[bool]) -> LossFunction:
+    """Loss of (texts, D) embeddings and (B, 3) labels: place of the query among the texts, its number,
+    position of its gold passage. `told`: by number of the query, whether the LLM wrote something."""
+    import torch
+
+    from syntriever import training
+
+    def loss(embeddings: Tensor, labels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        query, numbers = embeddings[labels[:, 0]], labels[:, 1].cpu().numpy()
+        found = bank.batch(numbers, labels[:, 2].cpu().numpy())
+        candidates, gold, known, views = (torch.from_numpy(array).to(query.device) for array in found)
+        has_view = torch.tensor([told[number] for number in numbers], device=query.device)
+        scores = models.similarity(query, candidates)
+        best = scores.argmax(1)
+        parts = {"gold_accuracy": (best == gold).float().mean(), "candidates": torch.tensor(float(len(candidates)))}
+        parts |= training.spread(embeddings, query, candidates[gold])
+        given = candidates, gold, known, views, has_view
+        return corpus_loss(query, *given, args.temperature, args.view_weight), parts
+
+    return loss
+
+
 def training_rows(qrels: beir.Qrels, corpus: beir.Corpus) -> list[tuple[str, int]]:
     """(query id, position of a relevant passage) of every judgement of at least 1."""
     found = ((query, grade, corpus.position(passage)) for query, judged in qrels.items() for passage, grade in judged.items())
@@ -262,7 +331,12 @@ def synthetic_texts(row: jsonl.Row | None, args: argparse.Namespace) -> tuple[li
 
 def main(args: argparse.Namespace) -> None:
     stage.check_training_options(args)
+    stage.check_positive(args, "candidates")
     ref = models.resolve(args.model, args.dataset, args.name)
+    if ref.late and args.loss == "corpus":
+        raise BadInput(
+            "--loss corpus needs one vector a text; a late-interaction encoder trains with the others, e.g. --loss snn"
+        )
     beir.ensure(args.dataset, fetch=False)
     source = paths.synthetic(args.dataset)
     used = not (args.no_synthetic or args.loss == "infonce")
@@ -319,7 +393,31 @@ def train(args: argparse.Namespace, ref: models.ModelRef, source: Path | None, o
 
     dev = journal.dev_score(args.dataset, corpus, args)
     title = f"{ref.name}-sft-{args.dataset}: stage 1, --loss {args.loss}"
-    training.train(model, make_loss(args, relevant), sample, batches, names, dev, args, output, record, resume, title)
+    if args.loss != "corpus":
+        loss = make_loss(args, relevant)
+        training.train(model, loss, sample, batches, names, dev, args, output, record, resume, title)
+        return
+    ids = list(numbers)
+
+    def written(number: int) -> list[str]:
+        row = synthetic.get(ids[number]) if synthetic else None
+        (positive, cot, _), verified = synthetic_texts(row, args)
+        return [text for text, used in ((positive, verified), (cot, True)) if used and text is not None]
+
+    def query_alone(number: int) -> Row:
+        query, position = rows[number]
+        return [("query", queries[query])], [numbers[query], position]
+
+    told = [bool(written(number)) for number in range(len(ids))]
+    with training.reference(output) as folder:
+        from syntriever import bank
+
+        texts = [queries[query] for query in ids]
+        made = bank.build(
+            model, corpus, ref.embeddings(args.dataset), folder, texts, written, relevant, args.candidates, args.max_length
+        )
+        loss = make_corpus_loss(args, made, told)
+        training.train(model, loss, query_alone, batches, names, dev, args, output, record, resume, title)
 
 
 if __name__ == "__main__":

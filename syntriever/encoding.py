@@ -192,6 +192,14 @@ class Embeddings:
         """(passages, D) float32 array of several shards, one after the other."""
         return np.concatenate([self.shard(start) for start in starts]).astype(np.float32, copy=False)
 
+    def rows(self, positions: np.ndarray) -> np.ndarray:
+        """(len(positions), D) float32 array of passages at ascending positions."""
+        made = np.empty((len(positions), self.dim), np.float32)
+        for start in np.unique(positions // SHARD * SHARD):
+            first, last = np.searchsorted(positions, (start, start + SHARD))
+            made[first:last] = self.shard(int(start))[positions[first:last] - start]
+        return made
+
     def passages(self, start: int) -> list[np.ndarray]:
         """(tokens, D) float32 arrays of a shard of a late-interaction encoder."""
         ends = np.cumsum(np.load(self.lengths(start), allow_pickle=False))

@@ -154,17 +154,11 @@ def _index(embeddings: Embeddings, factory: str, seed: int) -> Any:
         inner = faiss.try_extract_index_ivf(index)
         size = min(embeddings.count, max(TRAINING_SAMPLE, 40 * inner.nlist if inner else 0))
         chosen = np.sort(np.random.default_rng(seed).choice(embeddings.count, size, replace=False))
-        sample = np.empty((size, embeddings.dim), np.float32)
-        for start in embeddings.starts:
-            first, last = np.searchsorted(chosen, (start, start + encoding.SHARD))
-            if first < last:
-                sample[first:last] = embeddings.shard(start)[chosen[first:last] - start]
         try:
-            index.train(sample)
+            index.train(embeddings.rows(chosen))
         except RuntimeError as error:
             message = str(error).splitlines()[-1]
             raise BadInput(f"--index {factory!r} cannot be trained on {embeddings.count:,} passages: {message}") from None
-        del sample
     from tqdm import tqdm
 
     with tqdm(total=embeddings.count, unit="passage", desc="index", delay=2) as bar:
