@@ -152,7 +152,7 @@ def corpus_loss(
     cost = scores.masked_fill(known.scatter(1, gold[:, None], False), ABSENT).logsumexp(1) - own[:, 0]
     target = (models.similarity(views, candidates) / temperature).softmax(1)
     agreement = -(target * scores.log_softmax(1)).sum(1)
-    return (cost + view_weight * told * agreement).mean()
+    return (cost + view_weight * agreement.masked_fill(~told, 0.0)).mean()
 
 
 def score_candidates(

@@ -613,3 +613,80 @@ def test_late_interaction_through_both_stages(home, run_script, tiny_colbert):
     code, out, err = run_script("evaluate.py", "colbert-sft", "colbert-final", "tiny", "--ks", "1,10")
     assert code == 0, err
     assert "colbert-final" in out
+
+
+# --- the corpus as candidates
+
+
+def test_the_bank_has_what_each_query_looks_at(home, tiny_encoder, tmp_path, monkeypatch):
+    import numpy as np
+
+    from syntriever import bank, beir, encoding
+
+    monkeypatch.setattr(encoding, "SHARD", 7)
+    model, corpus = models.load(models.resolve(str(tiny_encoder), "tiny"), "cpu"), beir.Corpus("tiny")
+    queries, texts = ["sort a list", "open a file", "parse a date"], {0: ["a chain of thought", "a passage"], 2: ["one text"]}
+    made = bank.build(model, corpus, home / "b", tmp_path, queries, lambda n: texts.get(n, []), [{3, 41}, {17}, {59}], 6, None)
+    encode = Encoder(model)
+    passages = encode(list(corpus.texts()), "document")
+    for number, query in enumerate(queries):
+        view = encode([query], "query")[0] + sum(encode([text], "document")[0] for text in texts.get(number, []))
+        view /= np.linalg.norm(view)
+        np.testing.assert_allclose(made.views[number], view, atol=1e-5)
+        assert set(made.top[number]) == set(np.argsort(-(passages @ view))[:6])
+    candidates, gold, known, views = made.batch(np.array([2, 0]), np.array([59, 41]))
+    positions = sorted({*made.top[0].tolist(), *made.top[2].tolist(), 59, 41})
+    np.testing.assert_allclose(candidates, passages[positions], atol=1e-5)
+    assert [positions[column] for column in gold] == [59, 41]
+    assert [[positions[column] for column in np.flatnonzero(row)] for row in known] == [
+        [59],
+        [p for p in positions if p in (3, 41)],
+    ]
+    np.testing.assert_array_equal(views, made.views[[2, 0]])
+
+
+def test_corpus_loss_trains_resumes_and_needs_no_texts(home, dropout_encoder, run_script, interrupt):
+    args = ("train_stage1.py", dropout_encoder, "tiny", "--loss", "corpus", "--candidates", 8, *SHORT)
+    code, out, err = run_script(*args)
+    assert code == 0, err
+    (output,) = (home / "output").glob("*-sft-tiny")
+    whole = digest(output)
+    rows = [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
+    losses = [row["loss"] for row in rows if "loss" in row]
+    assert losses[-1] < losses[0]
+    assert not list((home / "output").glob(".*reference"))
+    interrupt(5)
+    assert run_script(*args)[0] == 1
+    interrupt(None)
+    code, out, err = run_script(*args, "--resume")
+    assert code == 0, err
+    assert "resume from step 5" in out
+    assert digest(output) == whole
+    code, out, err = run_script(*args, "--no-synthetic")
+    assert code == 0, err
+    assert digest(output) != whole
+
+
+def test_corpus_loss_refuses_token_vectors(home, tiny_colbert, run_script):
+    code, out, err = run_script("train_stage1.py", tiny_colbert, "tiny", "--loss", "corpus")
+    assert (code, "--loss corpus needs one vector a text" in err) == (2, True), err
+
+
+def test_dev_split_of_a_dataset_without_one(home, run_script):
+    folder = home / "datasets" / "tiny"
+    train = (folder / "qrels" / "train.tsv").read_text()
+    code, out, err = run_script("datasets/split_dev.py", "tiny")
+    assert (code, "has a dev split" in err) == (2, True), err
+    (folder / "qrels" / "dev.tsv").unlink()
+    code, out, err = run_script("datasets/split_dev.py", "tiny", "--share", "0.25")
+    assert code == 0, err
+    parts = [
+        (home / "datasets" / "tiny-dev" / "qrels" / f"{split}.tsv").read_text().splitlines()[1:] for split in ("train", "dev")
+    ]
+    queries = [{line.split("\t")[0] for line in part} for part in parts]
+    assert sorted(parts[0] + parts[1]) == sorted(train.splitlines()[1:])
+    assert not queries[0] & queries[1]
+    assert len(queries[1]) == round(0.25 * len(queries[0] | queries[1]))
+    code, out, err = run_script("train_stage1.py", "minilm", "tiny-dev", "--no-synthetic", "--loss", "infonce", "--epochs", "0")
+    assert code == 2  # of the option, not of the data
+    assert "--epochs" in err
