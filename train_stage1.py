@@ -119,40 +119,25 @@ def cluster_loss(
     return loss.mean()
 
 
-def corpus_loss(
-    query: Tensor,
-    candidates: Tensor,
-    gold: Tensor,
-    known: Tensor,
-    views: Tensor,
-    told: Tensor,
-    temperature: float = 0.05,
-    view_weight: float = 0.3,
-) -> Tensor:
-    """The query is drawn to its gold passage among passages of the corpus, and to what the LLM's texts
-    retrieve there (not in the paper).
+def view_distillation(query: Tensor, candidates: Tensor, views: Tensor, told: Tensor, temperature: float = 0.05) -> Tensor:
+    """The query is to find what the LLM's texts find (not in the paper): mean over rows of the
+    cross-entropy of softmax s(query, .) to softmax s(view, .) over passages of the corpus, 0 where the
+    LLM wrote nothing, s = cos / temperature.
 
-    Per row: -log softmax of s(query, gold) over the candidates less the other known relevant ones, plus,
-    where the LLM wrote something (`told`), `view_weight` times the cross-entropy of softmax s(query, .)
-    to softmax s(view, .) over all candidates, s = cos / temperature. A text written for the query is
-    never a candidate: it says which real passages are near to an answer (HyDE, Gao et al. 2023, as a teacher).
+    No text of the LLM is a candidate, so none is the easiest positive: it says which real passages are
+    near to an answer (HyDE, Gao et al. 2023, as a teacher).
 
     Args:
-        query: (B, D) embeddings, the only ones with a gradient.
+        query: (B, D) embeddings.
         candidates: (M, D) embeddings of passages by the encoder that training starts from.
-        gold: (B,) column of the row's gold passage.
-        known: (B, M) bool, passages known to be relevant to the query.
         views: (B, D) mean directions of the query and the LLM's texts, by the same encoder.
-        told: (B,) bool.
+        told: (B,) bool, whether there are such texts.
     Returns:
         Scalar.
     """
     scores = models.similarity(query, candidates) / temperature
-    own = scores.gather(1, gold[:, None])
-    cost = scores.masked_fill(known.scatter(1, gold[:, None], False), ABSENT).logsumexp(1) - own[:, 0]
     target = (models.similarity(views, candidates) / temperature).softmax(1)
-    agreement = -(target * scores.log_softmax(1)).sum(1)
-    return (cost + view_weight * agreement.masked_fill(~told, 0.0)).mean()
+    return -(target * scores.log_softmax(1)).sum(1).masked_fill(~told, 0.0).mean()
 
 
 def score_candidates(
@@ -207,7 +192,7 @@ def ignored_candidates(places: Tensor, known: Tensor) -> Tensor:
     return (~mine & (own_text | again | passages)).view(rows, 4, rows)
 
 
-LOSSES = {"snn": snn_of, "infonce": info_nce_of, "authors": authors_of, "cluster": None, "corpus": None}
+LOSSES = {"snn": snn_of, "infonce": info_nce_of, "authors": authors_of, "cluster": None, "distill": None}
 
 # -----------------------------------------------------------------------------------------------
 
@@ -227,20 +212,20 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         choices=tuple(LOSSES),
         default="snn",
         help="snn: the paper's; infonce: gold passages only; cluster: all views drawn to the gold passage; "
-        "authors: what the authors' code computes; corpus: passages of the corpus are the candidates, the LLM's texts "
-        "teach which of them are near (default: %(default)s)",
+        "authors: what the authors' code computes; distill: gold passages, and the LLM's texts teach the query which "
+        "passages of the corpus are near (default: %(default)s)",
     )
     parser.add_argument(
         "--view-weight",
         type=float,
         default=0.3,
-        help="weight of the LLM's texts in --loss cluster and corpus (default: %(default)s)",
+        help="weight of the LLM's texts in --loss cluster and distill (default: %(default)s)",
     )
     parser.add_argument(
         "--candidates",
         type=int,
         default=100,
-        help="passages of the corpus for each query of a batch in --loss corpus (default: %(default)s)",
+        help="passages of the corpus that each query of a batch brings to --loss distill (default: %(default)s)",
     )
     parser.add_argument(
         "--no-mask-known-positives",
@@ -255,11 +240,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def make_loss(args: argparse.Namespace, relevant: Sequence[set[int]]) -> LossFunction:
+def make_loss(args: argparse.Namespace, relevant: Sequence[set[int]], bank: Bank | None = None) -> LossFunction:
     """Loss of (texts, D) embeddings and (B, 8) labels: places of query, passage, positive, cot and
     negative among the texts (-1: absent), `verified`, number of the query, position of the passage.
 
-    `relevant`: positions of the known relevant passages by number of the query.
+    `relevant`: positions of the known relevant passages by number of the query. `bank`: of `--loss distill`.
     """
     import torch
 
@@ -287,31 +272,13 @@ def make_loss(args: argparse.Namespace, relevant: Sequence[set[int]]) -> LossFun
             # gold_share: how much of the pull on a row's own positives reaches its gold passage.
             parts |= {"gold_share": own.softmax(1)[:, 0].mean(), "numerator": own.logsumexp(1).mean()}
             parts["denominator"] = scores.flatten(1).logsumexp(1).mean()
+        if bank:
+            found = (torch.from_numpy(array).to(query.device) for array in bank.batch(labels[:, 6].cpu().numpy()))
+            parts |= {"gold": info_nce_of(scores, own), "views": view_distillation(query, *found, args.temperature)}
+            return parts["gold"] + args.view_weight * parts["views"], parts
         if args.loss == "cluster":
             return cluster_loss(*texts, *given, view_weight=args.view_weight), parts
         return LOSSES[args.loss](scores, own), parts
-
-    return loss
-
-
-def make_corpus_loss(args: argparse.Namespace, bank: Bank, told: Sequence[bool]) -> LossFunction:
-    """Loss of (texts, D) embeddings and (B, 3) labels: place of the query among the texts, its number,
-    position of its gold passage. `told`: by number of the query, whether the LLM wrote something."""
-    import torch
-
-    from syntriever import training
-
-    def loss(embeddings: Tensor, labels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        query, numbers = embeddings[labels[:, 0]], labels[:, 1].cpu().numpy()
-        found = bank.batch(numbers, labels[:, 2].cpu().numpy())
-        candidates, gold, known, views = (torch.from_numpy(array).to(query.device) for array in found)
-        has_view = torch.tensor([told[number] for number in numbers], device=query.device)
-        scores = models.similarity(query, candidates)
-        best = scores.argmax(1)
-        parts = {"gold_accuracy": (best == gold).float().mean(), "candidates": torch.tensor(float(len(candidates)))}
-        parts |= training.spread(embeddings, query, candidates[gold])
-        given = candidates, gold, known, views, has_view
-        return corpus_loss(query, *given, args.temperature, args.view_weight), parts
 
     return loss
 
@@ -333,10 +300,8 @@ def main(args: argparse.Namespace) -> None:
     stage.check_training_options(args)
     stage.check_positive(args, "candidates")
     ref = models.resolve(args.model, args.dataset, args.name)
-    if ref.late and args.loss == "corpus":
-        raise BadInput(
-            "--loss corpus needs one vector a text; a late-interaction encoder trains with the others, e.g. --loss snn"
-        )
+    if ref.late and args.loss == "distill":
+        raise BadInput("--loss distill needs one vector a text; a late-interaction encoder trains with --loss snn or cluster")
     beir.ensure(args.dataset, fetch=False)
     source = paths.synthetic(args.dataset)
     used = not (args.no_synthetic or args.loss == "infonce")
@@ -381,10 +346,14 @@ def train(args: argparse.Namespace, ref: models.ModelRef, source: Path | None, o
     for query, position in rows:
         relevant[numbers[query]].add(position)
 
+    def written(query: str) -> tuple[list[str | None], int]:
+        return synthetic_texts(synthetic.get(query) if synthetic else None, args)
+
     def sample(number: int) -> Row:
         query, position = rows[number]
-        texts, verified = synthetic_texts(synthetic.get(query) if synthetic else None, args)
+        texts, verified = written(query) if args.loss != "distill" else ([], 0)
         passages = [("document", text) if text is not None else None for text in (corpus.text(position), *texts)]
+        passages += [None] * (4 - len(passages))
         return [("query", queries[query]), *passages], [verified, numbers[query], position]
 
     def batches(epoch: int) -> list[list[int]]:
@@ -393,31 +362,22 @@ def train(args: argparse.Namespace, ref: models.ModelRef, source: Path | None, o
 
     dev = journal.dev_score(args.dataset, corpus, args)
     title = f"{ref.name}-sft-{args.dataset}: stage 1, --loss {args.loss}"
-    if args.loss != "corpus":
+    if args.loss != "distill":
         loss = make_loss(args, relevant)
         training.train(model, loss, sample, batches, names, dev, args, output, record, resume, title)
         return
-    ids = list(numbers)
-
-    def written(number: int) -> list[str]:
-        row = synthetic.get(ids[number]) if synthetic else None
-        (positive, cot, _), verified = synthetic_texts(row, args)
-        return [text for text, used in ((positive, verified), (cot, True)) if used and text is not None]
-
-    def query_alone(number: int) -> Row:
-        query, position = rows[number]
-        return [("query", queries[query])], [numbers[query], position]
-
-    told = [bool(written(number)) for number in range(len(ids))]
     with training.reference(output) as folder:
         from syntriever import bank
 
-        texts = [queries[query] for query in ids]
-        made = bank.build(
-            model, corpus, ref.embeddings(args.dataset), folder, texts, written, relevant, args.candidates, args.max_length
-        )
-        loss = make_corpus_loss(args, made, told)
-        training.train(model, loss, query_alone, batches, names, dev, args, output, record, resume, title)
+        def views(query: str) -> list[str]:
+            (positive, cot, _), verified = written(query)
+            return [text for text, used in ((cot, True), (positive, verified)) if used and text is not None]
+
+        # The model is still the one that training starts from.
+        asked = [(queries[query], views(query)) for query in numbers]
+        made = bank.build(model, corpus, ref.embeddings(args.dataset), folder, asked, args.candidates, args.max_length)
+        loss = make_loss(args, relevant, made)
+        training.train(model, loss, sample, batches, names, dev, args, output, record, resume, title)
 
 
 if __name__ == "__main__":

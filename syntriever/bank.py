@@ -6,7 +6,7 @@ What the LLM wrote for a query is embedded once, too, and never trained on as a 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,24 +15,21 @@ import numpy as np
 
 from syntriever import encoding, models, parallel, search
 from syntriever.beir import Corpus
-from syntriever.encoding import Embeddings
+from syntriever.encoding import Embeddings, Encoder
 
 
 @dataclass
 class Bank:
-    """Q training queries with what they look at."""
+    """What each of Q training queries looks at."""
 
     embeddings: Embeddings
-    views: np.ndarray  # (Q, D) float32 unit vectors: the direction of the query and of the texts written for it
-    top: np.ndarray  # (Q, K) int64 positions of the passages nearest to it
-    relevant: Sequence[set[int]]  # positions of the known relevant passages
+    views: np.ndarray  # (Q, D) float32 unit vectors: the mean direction of the query and the texts written for it
+    told: np.ndarray  # (Q,) bool, whether there are such texts
+    top: np.ndarray  # (Q, K) int64 positions of the passages nearest to the view
 
-    def batch(self, numbers: np.ndarray, golds: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        """For B rows, their queries and gold passages: (M, D) embeddings of all that any of the queries
-        looks at, (B,) column of each gold passage, (B, M) bool of the known relevant, (B, D) views."""
-        positions = np.unique(np.concatenate([self.top[numbers].ravel(), golds]))
-        known = np.stack([np.isin(positions, list(self.relevant[number])) for number in numbers])
-        return self.embeddings.rows(positions), np.searchsorted(positions, golds), known, self.views[numbers]
+    def batch(self, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """For B queries: (M, D) embeddings of all passages that any of them looks at, (B, D) views, (B,) told."""
+        return self.embeddings.rows(np.unique(self.top[numbers])), np.asarray(self.views[numbers]), self.told[numbers]
 
 
 def build(
@@ -40,48 +37,34 @@ def build(
     corpus: Corpus,
     base: Path,
     folder: Path,
-    queries: Sequence[str],
-    written: Callable[[int], list[str]],
-    relevant: Sequence[set[int]],
+    asked: Sequence[tuple[str, list[str]]],
     k: int,
     max_length: int | None,
 ) -> Bank:
-    """`written(number)`: the LLM's texts about a query that may be trusted, none or several. The corpus
-    is embedded below `base`; `folder` is for what only this run needs."""
-    k = min(k, len(corpus))
+    """`asked`: the queries, each with the texts of the LLM that may be trusted. The corpus is embedded
+    below `base`, what only this run needs in `folder`; of several processes the first does the latter."""
     with models.at_length(model, max_length):
         encoder = encoding.Encoder(model)
         embeddings = encoding.embed(encoder, corpus, base)
+        views = np.empty((len(asked), encoder.dim), np.float32)
         if parallel.rank() == 0:
-            views = np.lib.format.open_memmap(folder / "views.npy", "w+", np.float32, (len(queries), encoder.dim))
-            for start, window in windows(queries):
-                views[start : start + len(window)] = mean_directions(encoder, window, lambda n, at=start: written(at + n))  # type: ignore[misc]
-            views.flush()
+            for start in range(0, len(asked), encoding.SHARD):
+                views[start : start + encoding.SHARD] = directions(encoder, asked[start : start + encoding.SHARD])
+            np.save(folder / "views.npy", views, allow_pickle=False)
         parallel.wait()
         views = np.load(folder / "views.npy", mmap_mode="r", allow_pickle=False)
-        top = search.exact(embeddings, np.asarray(views), k, str(model.device))[1]
+        top = search.exact(embeddings, np.asarray(views), min(k, len(corpus)), str(model.device))[1]
         if parallel.rank() == 0:
             np.save(folder / "top.npy", top, allow_pickle=False)
         parallel.wait()
-    return Bank(embeddings, views, np.load(folder / "top.npy", mmap_mode="r", allow_pickle=False), relevant)
+    told = np.array([bool(texts) for _, texts in asked])
+    return Bank(embeddings, views, told, np.load(folder / "top.npy", mmap_mode="r", allow_pickle=False))
 
 
-def windows(queries: Sequence[str]) -> Iterator[tuple[int, Sequence[str]]]:
-    from tqdm import tqdm
-
-    for start in tqdm(range(0, len(queries), encoding.SHARD), desc="views", delay=2):
-        yield start, queries[start : start + encoding.SHARD]
-
-
-def mean_directions(encoder: Any, queries: Sequence[str], written: Callable[[int], list[str]]) -> np.ndarray:
-    """(Q, D) unit vectors: the mean of the query's embedding and those of its texts."""
-    made = encoder(queries, "query")
-    owners, texts = [], []
-    for number in range(len(queries)):
-        for text in written(number):
-            owners.append(number)
-            texts.append(text)
-    if texts:
-        np.add.at(made, owners, encoder(texts, "document"))
-    unit: np.ndarray = made / np.linalg.norm(made, axis=1, keepdims=True)
-    return unit
+def directions(encoder: Encoder, asked: Sequence[tuple[str, list[str]]]) -> np.ndarray:
+    """(Q, D) unit vectors: the mean of the embeddings of a query and of its texts."""
+    made: np.ndarray = encoder([query for query, _ in asked], "query")
+    owners = [number for number, (_, texts) in enumerate(asked) for _ in texts]
+    if owners:
+        np.add.at(made, owners, encoder([text for _, texts in asked for text in texts], "document"))
+    return made / np.linalg.norm(made, axis=1, keepdims=True)
