@@ -337,7 +337,7 @@ def train(args: argparse.Namespace, ref: models.ModelRef, source: Path | None, o
 
     resume = checkpoint.find(output, record, args)
     device = parallel.start(args.device)
-    from syntriever import journal, training
+    from syntriever import bank, journal, training
 
     model = models.load(ref, device)
     names = [query for query, _ in rows]
@@ -351,9 +351,8 @@ def train(args: argparse.Namespace, ref: models.ModelRef, source: Path | None, o
 
     def sample(number: int) -> Row:
         query, position = rows[number]
-        texts, verified = written(query) if args.loss != "distill" else ([], 0)
+        texts, verified = ([None] * 3, 0) if args.loss == "distill" else written(query)
         passages = [("document", text) if text is not None else None for text in (corpus.text(position), *texts)]
-        passages += [None] * (4 - len(passages))
         return [("query", queries[query]), *passages], [verified, numbers[query], position]
 
     def batches(epoch: int) -> list[list[int]]:
@@ -362,21 +361,17 @@ def train(args: argparse.Namespace, ref: models.ModelRef, source: Path | None, o
 
     dev = journal.dev_score(args.dataset, corpus, args)
     title = f"{ref.name}-sft-{args.dataset}: stage 1, --loss {args.loss}"
-    if args.loss != "distill":
-        loss = make_loss(args, relevant)
-        training.train(model, loss, sample, batches, names, dev, args, output, record, resume, title)
-        return
+
+    def views(query: str) -> list[str]:
+        (positive, cot, _), verified = written(query)
+        return [text for text, used in ((cot, True), (positive, verified)) if used and text is not None]
+
     with training.reference(output) as folder:
-        from syntriever import bank
-
-        def views(query: str) -> list[str]:
-            (positive, cot, _), verified = written(query)
-            return [text for text, used in ((cot, True), (positive, verified)) if used and text is not None]
-
-        # The model is still the one that training starts from.
-        asked = [(queries[query], views(query)) for query in numbers]
-        made = bank.build(model, corpus, ref.embeddings(args.dataset), folder, asked, args.candidates, args.max_length)
-        loss = make_loss(args, relevant, made)
+        looks_at = None
+        if args.loss == "distill":  # the model is still the one that training starts from
+            asked = [(queries[query], views(query)) for query in numbers]
+            looks_at = bank.build(model, corpus, ref.embeddings(args.dataset), folder, asked, args.candidates, args.max_length)
+        loss = make_loss(args, relevant, looks_at)
         training.train(model, loss, sample, batches, names, dev, args, output, record, resume, title)
 
 

@@ -112,10 +112,9 @@ def some_queries() -> np.ndarray:
 
 def find(folder: Path, count: int) -> dict[str, Any]:
     """Ours, in a process of its own; the peer's libraries are loaded before its time begins, so ours are too."""
-    import faiss
+    import faiss  # noqa: F401
     import tqdm  # noqa: F401
 
-    faiss.omp_get_max_threads()
     embeddings = encoding.Embeddings(folder / str(count), count, DIM, "float32", late=False)
     queries = some_queries()
     spent, (scores, positions) = timed(lambda: search.exact(embeddings, queries, TOP))
