@@ -233,6 +233,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="the paper's batches: no query twice, every other text a negative, also a known relevant passage of the query",
     )
     parser.add_argument("--no-cot", action="store_true", help="ablation: leave out the chains of thought")
+    parser.add_argument("--no-positive", action="store_true", help="ablation: leave out the written relevant passages")
+    parser.add_argument("--no-negative", action="store_true", help="ablation: leave out the written irrelevant passages")
     parser.add_argument("--no-synthetic", action="store_true", help="ablation: leave out all synthetic text")
     parser.add_argument("--no-relabel", action="store_true", help="ablation: trust every positive, verified or not")
     # Batch and learning rate are the authors'; they train 10 epochs on small sets, 3 on FiQA, 1 on HotpotQA.
@@ -268,10 +270,10 @@ def make_loss(args: argparse.Namespace, relevant: Sequence[set[int]], bank: Bank
         scores, own = score_candidates(*texts, *given)
         hits = scores[:, 0].argmax(1) == torch.arange(len(labels), device=scores.device)
         parts = {"gold_accuracy": hits.float().mean(), **training.spread(embeddings, query, passage)}
+        # Its value is there after the backward pass, and no step is logged before that.
+        embeddings.register_hook(lambda gradient: parts.update(gold_share=share_of_gold(gradient, places)))
         if args.loss == "snn":
-            # gold_share: how much of the pull on a row's own positives reaches its gold passage.
-            parts |= {"gold_share": own.softmax(1)[:, 0].mean(), "numerator": own.logsumexp(1).mean()}
-            parts["denominator"] = scores.flatten(1).logsumexp(1).mean()
+            parts |= {"numerator": own.logsumexp(1).mean(), "denominator": scores.flatten(1).logsumexp(1).mean()}
         if bank:
             found = (torch.from_numpy(array).to(query.device) for array in bank.batch(labels[:, 6].cpu().numpy()))
             parts |= {"gold": info_nce_of(scores, own), "views": view_distillation(query, *found, args.temperature)}
@@ -281,6 +283,19 @@ def make_loss(args: argparse.Namespace, relevant: Sequence[set[int]], bank: Bank
         return LOSSES[args.loss](scores, own), parts
 
     return loss
+
+
+def share_of_gold(gradient: Tensor, places: Tensor) -> Tensor:
+    """Of the gradient that reaches passages and written texts, the share that reaches gold passages:
+    of the sum of the norms of the rows of `gradient`, (texts, D) or (texts, tokens, D).
+
+    Args:
+        places: (B, 5) int, as in `make_loss`; a passage that is also a written text counts as gold.
+    """
+    norms = gradient.flatten(1).norm(dim=1)
+    gold, written = places[:, 1].unique(), places[:, 2:][places[:, 2:] >= 0].unique()
+    others = written[(written[:, None] != gold).all(1)]
+    return norms[gold].sum() / (norms[gold].sum() + norms[others].sum()).clamp(min=1e-30)
 
 
 def training_rows(qrels: beir.Qrels, corpus: beir.Corpus) -> list[tuple[str, int]]:
@@ -293,7 +308,9 @@ def synthetic_texts(row: jsonl.Row | None, args: argparse.Namespace) -> tuple[li
     """([positive, cot, negative] with None where absent or left out, verified as 0 or 1) of a query."""
     if row is None:
         return [None, None, None], 0
-    return [row["positive"], None if args.no_cot else row["cot"], row["negative"]], int(row["verified"] or args.no_relabel)
+    left_out = args.no_positive, args.no_cot, args.no_negative
+    texts = [None if out else row[kind] for out, kind in zip(left_out, ("positive", "cot", "negative"), strict=True)]
+    return texts, int(row["verified"] or args.no_relabel)
 
 
 def main(args: argparse.Namespace) -> None:

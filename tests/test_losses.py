@@ -292,6 +292,15 @@ def test_float32_is_close_to_float64(loss):
     assert single == pytest.approx(double, rel=1e-5)
 
 
+def test_share_of_gold_counts_each_text_once():
+    gradient = torch.diag(torch.tensor([5.0, 1.0, 2.0, 3.0, 4.0, 6.0]))
+    # query 0; passages 1 and 4; texts 2, 3 and 1, which is a gold passage; -1 is absent
+    places = torch.tensor([[0, 1, 2, 3, -1], [0, 4, 2, -1, 1]])
+    assert float(train_stage1.share_of_gold(gradient, places)) == pytest.approx((1 + 4) / (1 + 4 + 2 + 3))
+    assert float(train_stage1.share_of_gold(gradient, torch.tensor([[0, 1, -1, -1, -1]]))) == 1
+    assert float(train_stage1.share_of_gold(gradient[:, None], places)) == pytest.approx(0.5)
+
+
 def test_view_distillation_is_its_formula():
     batch, passages = 4, 9
     query, candidates, views = (torch.randn(n, 5, dtype=torch.float64) for n in (batch, passages, batch))
