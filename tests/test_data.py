@@ -603,6 +603,7 @@ def test_models_that_are_not_there(data):
 def test_hub_ids_and_folders_get_a_short_name(data):
     assert models.resolve("Org/My-Model.v2", "x").name == "my-model.v2"
     ref = models.resolve("Org/My-Model.v2", "x", "mine")
+    assert models.resolve("e5", "y", "mine").embeddings("y") == models.resolve("e5", "y").embeddings("y")
     assert (ref.name, ref.where, ref.embeddings("y")) == ("mine", "Org/My-Model.v2", paths.embeddings("mine", "y"))
     folder = checkpoint(data / "elsewhere" / "checkpoint-7")
     ref = models.resolve(str(folder), "x")
