@@ -119,6 +119,25 @@ def cluster_loss(
     return loss.mean()
 
 
+def corpus_contrast(query: Tensor, candidates: Tensor, gold: Tensor, relevant: Tensor, temperature: float = 0.05) -> Tensor:
+    """InfoNCE against the corpus instead of the batch (not in the paper): mean over rows of -log softmax of
+    s(query, gold) over the gold passage and all `candidates` that are not relevant, s = cos / temperature.
+
+    Args:
+        query: (B, D) embeddings.
+        candidates: (M, D) embeddings of passages by the encoder that training starts from.
+        gold: (B,) int, the gold passage of each row among them.
+        relevant: (B, M) bool, all known relevant ones.
+    Returns:
+        Scalar.
+    """
+    import torch
+
+    scores = models.similarity(query, candidates) / temperature
+    others = relevant.scatter(1, gold[:, None], False)
+    return torch.nn.functional.cross_entropy(scores.masked_fill(others, ABSENT), gold)
+
+
 def view_distillation(query: Tensor, candidates: Tensor, views: Tensor, told: Tensor, temperature: float = 0.05) -> Tensor:
     """The query is to find what the LLM's texts find (not in the paper): mean over rows of the
     cross-entropy of softmax s(query, .) to softmax s(view, .) over passages of the corpus, 0 where the
@@ -200,6 +219,12 @@ LOSSES = {"snn": snn_of, "infonce": info_nce_of, "authors": authors_of, "cluster
 # few queries in a batch where a query has dozens of relevant passages.
 GOLDS_TOGETHER = 4
 
+# Weight of the LLM's texts in the losses that have one.
+VIEW_WEIGHT = {"distill": 1.0, "cluster": 0.3}
+
+# Batch and learning rate are the authors'; they train 10 epochs on small sets, 3 on FiQA, 1 on HotpotQA.
+PAPER = {"loss": "snn", "batch_size": 60, "lr": 2e-5, "no_mask_known_positives": True}
+
 SYNTHETIC = {"cot": str, "positive": str, "negative": str, "verified": bool}
 
 
@@ -210,21 +235,15 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--loss",
         choices=tuple(LOSSES),
-        default="snn",
         help="snn: the paper's; infonce: gold passages only; cluster: all views drawn to the gold passage; "
-        "authors: what the authors' code computes; distill: gold passages, and the LLM's texts teach the query which "
-        "passages of the corpus are near (default: %(default)s)",
+        "authors: what the authors' code computes; distill: gold passages against the batch and the corpus, and the LLM's "
+        "texts teach the query which passages of the corpus are near (default: distill, of a late-interaction encoder cluster)",
     )
-    parser.add_argument(
-        "--view-weight",
-        type=float,
-        default=0.3,
-        help="weight of the LLM's texts in --loss cluster and distill (default: %(default)s)",
-    )
+    parser.add_argument("--view-weight", type=float, help=f"weight of the LLM's texts in the loss (default: {VIEW_WEIGHT})")
     parser.add_argument(
         "--candidates",
         type=int,
-        default=100,
+        default=200,
         help="passages of the corpus that each query of a batch brings to --loss distill (default: %(default)s)",
     )
     parser.add_argument(
@@ -237,9 +256,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--no-negative", action="store_true", help="ablation: leave out the written irrelevant passages")
     parser.add_argument("--no-synthetic", action="store_true", help="ablation: leave out all synthetic text")
     parser.add_argument("--no-relabel", action="store_true", help="ablation: trust every positive, verified or not")
-    # Batch and learning rate are the authors'; they train 10 epochs on small sets, 3 on FiQA, 1 on HotpotQA.
-    stage.add_training_options(parser, epochs=3, batch_size=60, lr=2e-5)
-    return parser.parse_args(argv)
+    stage.add_training_options(parser, epochs=3, batch_size=32, lr=1e-4)
+    return stage.parse(parser, argv, **PAPER)
 
 
 def make_loss(args: argparse.Namespace, relevant: Sequence[set[int]], bank: Bank | None = None) -> LossFunction:
@@ -252,7 +270,7 @@ def make_loss(args: argparse.Namespace, relevant: Sequence[set[int]], bank: Bank
 
     from syntriever import training
 
-    def known(labels: Tensor) -> Tensor:
+    def relevant_in_batch(labels: Tensor) -> Tensor:
         """(B, B) bool: passages of the batch that are relevant to the query of a row."""
         found = torch.zeros(len(labels), len(labels), dtype=torch.bool)
         columns: dict[int, list[int]] = {}
@@ -265,7 +283,7 @@ def make_loss(args: argparse.Namespace, relevant: Sequence[set[int]], bank: Bank
     def loss(embeddings: Tensor, labels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         places, verified = labels[:, :5], labels[:, 5].bool()
         texts = query, passage, *_ = embeddings[places.clamp(min=0)].unbind(1)
-        ignore = None if args.no_mask_known_positives else ignored_candidates(places[:, 1:], known(labels))
+        ignore = None if args.no_mask_known_positives else ignored_candidates(places[:, 1:], relevant_in_batch(labels))
         given = verified, args.temperature, places[:, 2:] >= 0, ignore
         scores, own = score_candidates(*texts, *given)
         hits = scores[:, 0].argmax(1) == torch.arange(len(labels), device=scores.device)
@@ -275,9 +293,12 @@ def make_loss(args: argparse.Namespace, relevant: Sequence[set[int]], bank: Bank
         if args.loss == "snn":
             parts |= {"numerator": own.logsumexp(1).mean(), "denominator": scores.flatten(1).logsumexp(1).mean()}
         if bank:
-            found = (torch.from_numpy(array).to(query.device) for array in bank.batch(labels[:, 6].cpu().numpy()))
-            parts |= {"gold": info_nce_of(scores, own), "views": view_distillation(query, *found, args.temperature)}
-            return parts["gold"] + args.view_weight * parts["views"], parts
+            looked_at = bank.batch(*labels[:, 6:].cpu().numpy().T)
+            candidates, *known, views, told = (torch.from_numpy(array).to(query.device) for array in looked_at)
+            parts["gold"] = info_nce_of(scores, own)
+            parts["corpus"] = corpus_contrast(query, candidates, *known, args.temperature)
+            parts["views"] = view_distillation(query, candidates, views, told, args.temperature)
+            return parts["gold"] + parts["corpus"] + args.view_weight * parts["views"], parts
         if args.loss == "cluster":
             return cluster_loss(*texts, *given, view_weight=args.view_weight), parts
         return LOSSES[args.loss](scores, own), parts
@@ -317,6 +338,9 @@ def main(args: argparse.Namespace) -> None:
     stage.check_training_options(args)
     stage.check_positive(args, "candidates")
     ref = models.resolve(args.model, args.dataset, args.name)
+    args.loss = args.loss or ("cluster" if ref.late else "distill")
+    if args.view_weight is None:
+        args.view_weight = VIEW_WEIGHT.get(args.loss)
     if ref.late and args.loss == "distill":
         raise BadInput("--loss distill needs one vector a text; a late-interaction encoder trains with --loss snn or cluster")
     beir.ensure(args.dataset, fetch=False)
@@ -386,8 +410,8 @@ def train(args: argparse.Namespace, ref: models.ModelRef, source: Path | None, o
     with training.reference(output) as folder:
         looks_at = None
         if args.loss == "distill":  # the model is still the one that training starts from
-            asked = [(queries[query], views(query)) for query in numbers]
-            looks_at = bank.build(model, corpus, ref.embeddings(args.dataset), folder, asked, args.candidates, args.max_length)
+            asked, base = [(queries[query], views(query)) for query in numbers], ref.embeddings(args.dataset)
+            looks_at = bank.build(model, corpus, base, folder, asked, relevant, args.candidates, args.max_length)
         loss = make_loss(args, relevant, looks_at)
         training.train(model, loss, sample, batches, names, dev, args, output, record, resume, title)
 

@@ -23,13 +23,20 @@ class Bank:
     """What each of Q training queries looks at."""
 
     embeddings: Embeddings
+    relevant: Sequence[set[int]]  # positions of the known relevant passages of each
     views: np.ndarray  # (Q, D) float32 unit vectors: the mean direction of the query and the texts written for it
     told: np.ndarray  # (Q,) bool, whether there are such texts
     top: np.ndarray  # (Q, K) int64 positions of the passages nearest to the view
 
-    def batch(self, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """For B queries: (M, D) embeddings of all passages that any of them looks at, (B, D) views, (B,) told."""
-        return self.embeddings.rows(np.unique(self.top[numbers])), np.asarray(self.views[numbers]), self.told[numbers]
+    def batch(self, numbers: np.ndarray, gold: np.ndarray) -> tuple[np.ndarray, ...]:
+        """For B queries with gold passages at the positions `gold`: (M, D) embeddings of all passages that
+        any of them looks at or has as relevant; (B,) columns of the gold passages and (B, M) bool of all
+        relevant ones among them; (B, D) views; (B,) told."""
+        known = [np.fromiter(self.relevant[number], np.int64) for number in numbers]
+        positions = np.unique(np.concatenate([self.top[numbers].ravel(), *known]))
+        relevant = np.stack([np.isin(positions, some) for some in known])
+        columns = np.searchsorted(positions, gold)
+        return self.embeddings.rows(positions), columns, relevant, np.asarray(self.views[numbers]), self.told[numbers]
 
 
 def build(
@@ -38,6 +45,7 @@ def build(
     base: Path,
     folder: Path,
     asked: Sequence[tuple[str, list[str]]],
+    relevant: Sequence[set[int]],
     k: int,
     max_length: int | None,
 ) -> Bank:
@@ -58,7 +66,7 @@ def build(
             np.save(folder / "top.npy", top, allow_pickle=False)
         parallel.wait()
     told = np.array([bool(texts) for _, texts in asked])
-    return Bank(embeddings, views, told, np.load(folder / "top.npy", mmap_mode="r", allow_pickle=False))
+    return Bank(embeddings, relevant, views, told, np.load(folder / "top.npy", mmap_mode="r", allow_pickle=False))
 
 
 def directions(encoder: Encoder, asked: Sequence[tuple[str, list[str]]]) -> np.ndarray:

@@ -60,6 +60,15 @@ def parser(doc: str) -> argparse.ArgumentParser:
     return argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
 
 
+def parse(parser: argparse.ArgumentParser, argv: list[str] | None, **paper: Any) -> argparse.Namespace:
+    """Arguments of a script with `--paper`: the settings of the paper, where nothing else is said."""
+    said = ", ".join(f"--{name.replace('_', '-')}" + ("" if value is True else f" {value}") for name, value in paper.items())
+    parser.add_argument("--paper", action="store_true", help=f"the paper's settings, each of which may be overridden: {said}")
+    if parser.parse_known_args(argv)[0].paper:
+        parser.set_defaults(**paper)
+    return parser.parse_args(argv)
+
+
 def say(*words: object) -> None:
     """Print a line at once, also when the output is piped; of several processes, the first talks."""
     if parallel.rank() == 0:

@@ -301,6 +301,24 @@ def test_share_of_gold_counts_each_text_once():
     assert float(train_stage1.share_of_gold(gradient[:, None], places)) == pytest.approx(0.5)
 
 
+def test_corpus_contrast_is_its_formula():
+    query, candidates = torch.randn(3, 5, dtype=torch.float64, requires_grad=True), torch.randn(6, 5, dtype=torch.float64)
+    gold, relevant = [4, 0, 4], [{4}, {0, 2, 5}, {1, 4}]
+    mask = torch.tensor([[column in some for column in range(6)] for some in relevant])
+
+    def expected():
+        total = 0.0
+        for i in range(3):
+            scores = [score(query[i], candidate) for candidate in candidates]
+            total += log_sum_exp([s for j, s in enumerate(scores) if j == gold[i] or j not in relevant[i]]) - scores[gold[i]]
+        return total / 3
+
+    loss = train_stage1.corpus_contrast(query, candidates, torch.tensor(gold), mask, TAU)
+    with torch.no_grad():
+        assert float(loss) == pytest.approx(expected(), abs=1e-9)
+    assert torch.autograd.gradcheck(lambda q: train_stage1.corpus_contrast(q, candidates, torch.tensor(gold), mask, TAU), query)
+
+
 def test_view_distillation_is_its_formula():
     batch, passages = 4, 9
     query, candidates, views = (torch.randn(n, 5, dtype=torch.float64) for n in (batch, passages, batch))

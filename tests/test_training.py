@@ -628,7 +628,8 @@ def test_the_bank_has_what_each_query_looks_at(home, tiny_encoder, tmp_path, mon
     model, corpus = models.load(models.resolve(str(tiny_encoder), "tiny"), "cpu"), beir.Corpus("tiny")
     queries, texts = ["sort a list", "open a file", "parse a date"], {0: ["a chain of thought", "a passage"], 2: ["one text"]}
     asked = [(query, texts.get(number, [])) for number, query in enumerate(queries)]
-    made = bank.build(model, corpus, home / "b", tmp_path, asked, 6, None)
+    relevant = [{0}, {1, 2}, {3}]
+    made = bank.build(model, corpus, home / "b", tmp_path, asked, relevant, 6, None)
     encode = Encoder(model)
     passages = encode(list(corpus.texts()), "document")
     for number, query in enumerate(queries):
@@ -636,9 +637,11 @@ def test_the_bank_has_what_each_query_looks_at(home, tiny_encoder, tmp_path, mon
         view /= np.linalg.norm(view)
         np.testing.assert_allclose(made.views[number], view, atol=1e-5)
         assert set(made.top[number]) == set(np.argsort(-(passages @ view))[:6])
-    candidates, views, told = made.batch(np.array([2, 1]))
-    positions = sorted({*made.top[1].tolist(), *made.top[2].tolist()})
+    candidates, gold, known, views, told = made.batch(np.array([2, 1]), np.array([3, 2]))
+    positions = sorted({*made.top[1].tolist(), *made.top[2].tolist(), 1, 2, 3})
     np.testing.assert_allclose(candidates, passages[positions], atol=1e-5)
+    assert [positions[column] for column in gold] == [3, 2]
+    assert [[positions[column] for column in row.nonzero()[0]] for row in known] == [[3], [1, 2]]
     np.testing.assert_array_equal(views, made.views[[2, 1]])
     assert told.tolist() == [True, False]
 
