@@ -16,11 +16,11 @@ TABLE=()
 
 # What was best on dev (see the README), edit here.
 declare -A TUNED=(
-  [infonce]="--lr 2e-4"
-  [snn]="--lr 2e-4"
-  [authors]="--lr 2e-4"
-  [cluster]="--lr 2e-4"
-  [distill]="--lr 2e-4"
+  [infonce]="--lr 1e-4"
+  [snn]="--lr 1e-4"
+  [authors]="--lr 1e-4"
+  [cluster]="--lr 1e-4"
+  [distill]="--lr 1e-4"
 )
 
 wanted() { [ -z "${ROWS:-}" ] || [[ " $ROWS " == *" $1 "* ]]; }

@@ -149,7 +149,8 @@ def trained(tmp_path_factory, tiny_encoder, docstrings):
     script = load_script("train_stage1.py")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SYNTRIEVER_HOME", str(folder))
-        patch.setattr(sys, "argv", [str(ROOT / "train_stage1.py"), str(tiny_encoder), "tiny", "--epochs", "2", *FAST])
+        args = [str(tiny_encoder), "tiny", "--loss", "snn", "--epochs", "2", *FAST]
+        patch.setattr(sys, "argv", [str(ROOT / "train_stage1.py"), *args])
         assert stage.run(script.main, script.parse_args) == 0
     return folder
 

@@ -109,9 +109,9 @@ def test_the_best_epoch_on_dev_is_kept(stage1):
 
 def test_same_seed_same_weights_and_another_seed_others(stage1, tiny_encoder, run_script):
     first = digest(stage1 / "model.safetensors")
-    assert run_script("train_stage1.py", tiny_encoder, "tiny", "--epochs", 2, *FAST)[0] == 0
+    assert run_script("train_stage1.py", tiny_encoder, "tiny", "--loss", "snn", "--epochs", 2, *FAST)[0] == 0
     assert digest(stage1 / "model.safetensors") == first
-    assert run_script("train_stage1.py", tiny_encoder, "tiny", "--epochs", 2, "--seed", 1, *FAST)[0] == 0
+    assert run_script("train_stage1.py", tiny_encoder, "tiny", "--loss", "snn", "--epochs", 2, "--seed", 1, *FAST)[0] == 0
     assert digest(stage1 / "model.safetensors") != first
 
 
@@ -129,7 +129,12 @@ def test_ablation_switches_change_the_samples():
     assert script.synthetic_texts(row, plain) == (["p", "c", "n"], 0)
     assert script.synthetic_texts(None, plain) == ([None] * 3, 0)
     assert script.synthetic_texts(row, script.parse_args(["e5", "tiny", "--no-cot"])) == (["p", None, "n"], 0)
+    only_cot = script.parse_args(["e5", "tiny", "--no-positive", "--no-negative"])
+    assert script.synthetic_texts(row, only_cot) == ([None, "c", None], 0)
     assert script.synthetic_texts(row, script.parse_args(["e5", "tiny", "--no-relabel"])) == (["p", "c", "n"], 1)
+    assert (plain.loss, plain.lr, plain.no_mask_known_positives) == (None, 1e-4, False)
+    paper = script.parse_args(["e5", "tiny", "--paper", "--lr", "3e-5"])
+    assert (paper.loss, paper.batch_size, paper.lr, paper.no_mask_known_positives) == ("snn", 60, 3e-5, True)
 
 
 def test_no_synthetic_needs_no_synthetic_file(home, tiny_encoder, run_script):
@@ -148,7 +153,7 @@ def test_a_loss_that_is_not_finite_stops_at_once(stage1, home, tiny_encoder, run
 
     real = script.snn_of
     monkeypatch.setitem(script.LOSSES, "snn", broken)
-    code, out, err = run_script("train_stage1.py", tiny_encoder, "tiny", "--epochs", 2, *FAST)
+    code, out, err = run_script("train_stage1.py", tiny_encoder, "tiny", "--loss", "snn", "--epochs", 2, *FAST)
     assert code == 1
     assert len(calls) == 3
     assert "loss is nan at step 3" in err
