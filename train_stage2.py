@@ -99,6 +99,8 @@ LOSSES = {"partial-plackett-luce": plackett_luce_of, "bradley-terry": bradley_te
 
 # -----------------------------------------------------------------------------------------------
 
+PAPER = {"loss": "partial-plackett-luce", "beta": 0.1, "batching": "pairs", "batch_size": 100, "lr": 2e-5}
+
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = stage.parser(__doc__)
@@ -121,7 +123,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--preferences", type=Path, help="preferences to train on (default: stage2/<model>_<dataset>_preferences.jsonl)"
     )
     stage.add_training_options(parser, epochs=1, batch_size=100, lr=2e-5)
-    return parser.parse_args(argv)
+    return stage.parse(parser, argv, **PAPER)
 
 
 def make_loss(args: argparse.Namespace, reference: tuple[Tensor, Tensor] | None) -> LossFunction:

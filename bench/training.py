@@ -146,7 +146,7 @@ def sentence_transformers(home: Path, steps: int) -> None:
 
 
 def stage1(home: Path, ds: str, *options: str) -> dict[str, float]:
-    return command(home, ROOT / "train_stage1.py", "minilm", ds, *COMMON, *options)
+    return command(home, ROOT / "train_stage1.py", "minilm", ds, *COMMON, "--loss", "snn", *options)
 
 
 def step(home: Path) -> dict[str, Any]:
