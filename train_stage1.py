@@ -241,6 +241,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--view-weight", type=float, help=f"weight of the LLM's texts in the loss (default: {VIEW_WEIGHT})")
     parser.add_argument(
+        "--corpus-weight",
+        type=float,
+        default=0.3,
+        help="weight of gold passages against the corpus in --loss distill (default: %(default)s)",
+    )
+    parser.add_argument(
         "--candidates",
         type=int,
         default=200,
@@ -298,7 +304,7 @@ def make_loss(args: argparse.Namespace, relevant: Sequence[set[int]], bank: Bank
             parts["gold"] = info_nce_of(scores, own)
             parts["corpus"] = corpus_contrast(query, candidates, *known, args.temperature)
             parts["views"] = view_distillation(query, candidates, views, told, args.temperature)
-            return parts["gold"] + parts["corpus"] + args.view_weight * parts["views"], parts
+            return parts["gold"] + args.corpus_weight * parts["corpus"] + args.view_weight * parts["views"], parts
         if args.loss == "cluster":
             return cluster_loss(*texts, *given, view_weight=args.view_weight), parts
         return LOSSES[args.loss](scores, own), parts
