@@ -99,6 +99,7 @@ LOSSES = {"partial-plackett-luce": plackett_luce_of, "bradley-terry": bradley_te
 
 # -----------------------------------------------------------------------------------------------
 
+# Batch and learning rate are the authors'.
 PAPER = {"loss": "partial-plackett-luce", "beta": 0.1, "batching": "pairs", "batch_size": 100, "lr": 2e-5}
 
 
@@ -107,7 +108,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("model", help="a stage-1 checkpoint of this project, e.g. e5-sft")
     parser.add_argument("dataset", help="BEIR name, pydocs, or a folder datasets/<dataset>/")
     parser.add_argument(
-        "--loss", choices=tuple(LOSSES), default="partial-plackett-luce", help="preference loss (default: %(default)s)"
+        "--loss", choices=tuple(LOSSES), default="bradley-terry", help="preference loss (default: %(default)s)"
     )
     parser.add_argument(
         "--beta", type=float, default=0.1, help="weight of the KL to stage 1; 0 switches it off (default: %(default)s)"
@@ -122,7 +123,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--preferences", type=Path, help="preferences to train on (default: stage2/<model>_<dataset>_preferences.jsonl)"
     )
-    stage.add_training_options(parser, epochs=1, batch_size=100, lr=2e-5)
+    stage.add_training_options(parser, epochs=1, batch_size=32, lr=2e-5)
     return stage.parse(parser, argv, **PAPER)
 
 

@@ -11,15 +11,15 @@ if [ -n "${LEDGER:-}" ]; then TEACHER+=(--ledger "$LEDGER"); fi
 if [ "$LLM" != replay ]; then TEACHER+=(--limit "${LIMIT:-16}"); fi
 # A model of 135M parameters fails often; the demo goes on with what it can do.
 if [ "$LLM" = smollm2 ]; then TEACHER+=(--max-failure-rate 1); fi
-# Settings for two CPU cores: every stage reads 96 tokens of a text; small batches, a small dev pool.
+# Settings for two CPU cores: every stage reads 96 tokens of a text; a small dev pool.
 SHORT=(--max-length 96)
-TRAINING=("${SHORT[@]}" --batch-size 32 --dev-pool 300)
+TRAINING=("${SHORT[@]}" --dev-pool 300)
 
 step() { echo; echo "\$ $*"; "$@"; }
 
 step python datasets/build_pydocs.py
 step python datasets/parse_synthetic.py pydocs "${TEACHER[@]}"
-step python train_stage1.py minilm pydocs --epochs 2 --lr 5e-5 "${TRAINING[@]}"
+step python train_stage1.py minilm pydocs "${TRAINING[@]}"
 step python retrieval.py minilm-sft pydocs "${SHORT[@]}"
 step python stage2/parse_comparison.py pydocs --model minilm-sft --pairs 3 "${TEACHER[@]}"
 step python train_stage2.py minilm-sft pydocs "${TRAINING[@]}"

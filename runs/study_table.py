@@ -81,7 +81,8 @@ def draw(ds: str, rows: list[dict[str, Any]], curves: dict[str, tuple[list[float
     axes[0].set_yticks([-place for place in range(len(rows))], [row["name"] for row in rows])
     axes[0].grid(axis="x", alpha=0.3)
     for name, (epochs, values) in curves.items():
-        axes[1].plot(epochs, values, label=name)
+        if min(values) < 1:  # there are written texts in its batches
+            axes[1].plot(epochs, values, label=name)
     axes[1].set(xlabel="epoch", ylim=(0, 1.02), title="share of the gradient on texts\nthat reaches gold passages")
     axes[1].legend(fontsize=8)
     with jsonl.atomic(path) as file:

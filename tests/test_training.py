@@ -184,7 +184,8 @@ def test_lists_and_pairs_agree_where_no_text_occurs_twice(beta):
     labels = torch.tensor([[3 * n, 3 * n + 1, 3 * n + 2, n, 2 * n, 2 * n + 1] for n in range(4)])
     found = []
     for batching in ("pairs", "lists"):
-        args = train_stage2.parse_args(["x-sft", "tiny", "--beta", str(beta), "--batching", batching])
+        given = ["--loss", "partial-plackett-luce", "--beta", str(beta), "--batching", batching]
+        args = train_stage2.parse_args(["x-sft", "tiny", *given])
         loss, parts = train_stage2.make_loss(args, (refs[:4], refs[4:]) if beta else None)(embeddings, labels)
         found.append([loss.item(), *(value.item() for value in parts.values())])
     assert found[0] == pytest.approx(found[1], abs=1e-5)
