@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from syntriever import encoding, models, parallel, search
+from syntriever import encoding, metrics, models, parallel, search, stage
 from syntriever.beir import Corpus
 from syntriever.encoding import Embeddings, Encoder
 
@@ -50,23 +50,38 @@ def build(
     max_length: int | None,
 ) -> Bank:
     """`asked`: the queries, each with the texts of the LLM that may be trusted. The corpus is embedded
-    below `base`, what only this run needs in `folder`; of several processes the first does the latter."""
+    below `base`, what only this run needs in `folder`; of several processes the first does the latter, and
+    says what the texts are worth as a teacher."""
+    told = np.array([bool(texts) for _, texts in asked])
+    sample = np.flatnonzero(told)[:1_000]
     with models.at_length(model, max_length):
         encoder = encoding.Encoder(model)
         embeddings = encoding.embed(encoder, corpus, base)
-        views = np.empty((len(asked), encoder.dim), np.float32)
         if parallel.rank() == 0:
-            for start in range(0, len(asked), encoding.SHARD):
-                views[start : start + encoding.SHARD] = directions(encoder, asked[start : start + encoding.SHARD])
+            wanted = [*asked, *((asked[number][0], []) for number in sample)]  # the latter: the query alone
+            views = np.empty((len(wanted), encoder.dim), np.float32)
+            for start in range(0, len(wanted), encoding.SHARD):
+                views[start : start + encoding.SHARD] = directions(encoder, wanted[start : start + encoding.SHARD])
             np.save(folder / "views.npy", views, allow_pickle=False)
         parallel.wait()
         views = np.load(folder / "views.npy", mmap_mode="r", allow_pickle=False)
         top = search.exact(embeddings, np.asarray(views), min(k, len(corpus)), str(model.device))[1]
         if parallel.rank() == 0:
             np.save(folder / "top.npy", top, allow_pickle=False)
+            if len(sample):
+                known = [relevant[number] for number in sample]
+                alone, taught = ndcg(top[len(asked) :], known), ndcg(top[sample], known)
+                note = f"gold passages of {len(sample):,} training queries at nDCG@10 {alone:.4f} by the query"
+                stage.say(f"       {note}, {taught:.4f} by the query and the LLM's texts, the teacher")
         parallel.wait()
-    told = np.array([bool(texts) for _, texts in asked])
     return Bank(embeddings, relevant, views, told, np.load(folder / "top.npy", mmap_mode="r", allow_pickle=False))
+
+
+def ndcg(top: np.ndarray, relevant: Sequence[set[int]]) -> float:
+    """nDCG@10 of (Q, K) positions, best first."""
+    qrels = {str(query): {str(position): 1 for position in some} for query, some in enumerate(relevant)}
+    run = {str(query): {str(p): -float(rank) for rank, p in enumerate(row[:10])} for query, row in enumerate(top)}
+    return metrics.mean(metrics.evaluate(qrels, run, (10,))["nDCG@10"])
 
 
 def directions(encoder: Encoder, asked: Sequence[tuple[str, list[str]]]) -> np.ndarray:

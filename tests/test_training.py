@@ -621,7 +621,7 @@ def test_late_interaction_through_both_stages(home, run_script, tiny_colbert):
 # --- the corpus as candidates
 
 
-def test_the_bank_has_what_each_query_looks_at(home, tiny_encoder, tmp_path, monkeypatch):
+def test_the_bank_has_what_each_query_looks_at(home, tiny_encoder, tmp_path, monkeypatch, capsys):
     import numpy as np
 
     from syntriever import bank, beir, encoding
@@ -632,13 +632,19 @@ def test_the_bank_has_what_each_query_looks_at(home, tiny_encoder, tmp_path, mon
     asked = [(query, texts.get(number, [])) for number, query in enumerate(queries)]
     relevant = [{0}, {1, 2}, {3}]
     made = bank.build(model, corpus, home / "b", tmp_path, asked, relevant, 6, None)
-    encode = Encoder(model)
+    said = capsys.readouterr().out
+    encode, worth = Encoder(model), {"query": [], "view": []}
     passages = encode(list(corpus.texts()), "document")
     for number, query in enumerate(queries):
         view = encode([query], "query")[0] + sum(encode([text], "document")[0] for text in texts.get(number, []))
         view /= np.linalg.norm(view)
         np.testing.assert_allclose(made.views[number], view, atol=1e-5)
         assert set(made.top[number]) == set(np.argsort(-(passages @ view))[:6])
+        if number in texts:  # one relevant passage each: nDCG is 1 / log2(1 + its rank)
+            for name, vector in (("query", encode([query], "query")[0]), ("view", view)):
+                scores = passages @ vector
+                rank = 1 + (scores > scores[list(relevant[number])]).sum()
+                worth[name].append(1 / np.log2(1 + rank) if rank <= 6 else 0.0)
     candidates, gold, known, views, told = made.batch(np.array([2, 1]), np.array([3, 2]))
     positions = sorted({*made.top[1].tolist(), *made.top[2].tolist(), 1, 2, 3})
     np.testing.assert_allclose(candidates, passages[positions], atol=1e-5)
@@ -646,6 +652,7 @@ def test_the_bank_has_what_each_query_looks_at(home, tiny_encoder, tmp_path, mon
     assert [[positions[column] for column in row.nonzero()[0]] for row in known] == [[3], [1, 2]]
     np.testing.assert_array_equal(views, made.views[[2, 1]])
     assert told.tolist() == [True, False]
+    assert f"of 2 training queries at nDCG@10 {np.mean(worth['query']):.4f} by the query, {np.mean(worth['view']):.4f} by" in said
 
 
 def test_distill_trains_resumes_and_needs_no_texts(home, dropout_encoder, run_script, interrupt):
