@@ -88,13 +88,14 @@ def main(args: argparse.Namespace) -> None:
     ks = parse_ks(args.ks)
     datasets = [part for name in args.datasets for part in beir.parts(name)]
     refs: dict[tuple[str, str], models.ModelRef] = {}
+    forced: dict[tuple[str, str], list[str]] = {}
     for ds in datasets:  # everything is found and checked before anything is loaded
         beir.ensure(ds)
         for model in args.models:
             if model != "bm25":
                 refs[model, ds] = models.resolve(model, args.trained_on or ds, args.name if len(args.models) == 1 else None)
                 models.check_backend(refs[model, ds], args.backend)
-                stage.check_fresh(refs[model, ds].weights, args.force)
+                forced[model, ds] = stage.check_fresh(refs[model, ds].weights, args.force)
         beir.load_qrels(ds, args.split)
         names = [refs[model, ds].name for model in args.models if model != "bm25"]
         if len(set(names)) < len(names):
@@ -123,7 +124,7 @@ def main(args: argparse.Namespace) -> None:
         tests: list[tuple[str, str, dict[str, float]]] = []
         for model in args.models:
             ref = refs.get((model, data.name))
-            record = stage.Record(args)
+            record = stage.Record(args, forced.get((model, data.name), []))
             record.reads(*beir.files(data.name, args.split), *(ref.weights if ref else []))
             hits, encoder = retrieve(args, ref, data, max(ks), device)
             if parallel.rank() == 0:

@@ -48,7 +48,7 @@ def main(args: argparse.Namespace) -> None:
     if args.index and ref.late:
         raise BadInput("--index: a late-interaction encoder is searched exactly, by MaxSim")
     beir.ensure(args.dataset)
-    stage.check_fresh(ref.weights, args.force)
+    forced = stage.check_fresh(ref.weights, args.force)
     corpus = beir.Corpus(args.dataset)
     if not 1 <= args.top_k <= len(corpus):
         raise BadInput(f"--top-k {args.top_k}: {paths.shown(corpus.path)} has {len(corpus)} passages")
@@ -56,7 +56,7 @@ def main(args: argparse.Namespace) -> None:
         show(args, ref, corpus)
         return
     queries, _ = beir.load_split(args.dataset, "train", corpus, args.strict)
-    record = stage.Record(args)
+    record = stage.Record(args, forced)
     record.reads(corpus.path, paths.queries(args.dataset), paths.qrels(args.dataset, "train"), *ref.weights)
     stage.say(f"read   {len(corpus):,} passages and {len(queries):,} training queries of {args.dataset}")
 

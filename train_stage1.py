@@ -364,8 +364,7 @@ def main(args: argparse.Namespace) -> None:
 
 def train(args: argparse.Namespace, ref: models.ModelRef, source: Path | None, output: Path) -> None:
     """Train `ref` on the dataset and the synthetic texts of `source` (None: gold passages alone)."""
-    stage.check_fresh([source] if source else [], args.force)
-    record = stage.Record(args)
+    record = stage.Record(args, stage.check_fresh([source] if source else [], args.force))
     corpus = beir.Corpus(args.dataset)
     queries, qrels = beir.load_split(args.dataset, "train", corpus, args.strict)
     rows = training_rows(qrels, corpus)

@@ -193,11 +193,10 @@ def main(args: argparse.Namespace) -> None:
 
 def train(args: argparse.Namespace, ref: models.ModelRef, source: Path, output: Path) -> None:
     """Train `ref` on the preferences of `source`."""
-    stage.check_fresh([source, *ref.weights], args.force)
+    record = stage.Record(args, stage.check_fresh([source, *ref.weights], args.force))
     corpus = beir.Corpus(args.dataset)
     queries, _ = beir.load_split(args.dataset, "train", corpus, args.strict)
     pairs = load_pairs(args.dataset, source, queries, corpus)
-    record = stage.Record(args)
     record.reads(*beir.files(args.dataset, "train", "dev"), source, *ref.weights)
     names = [query for query, _, _ in pairs]
     query_ids = list(dict.fromkeys(names))

@@ -155,7 +155,7 @@ def main(args: argparse.Namespace) -> None:
     if not source.is_file():
         raise BadInput(f"{paths.shown(source)} is not there. Run: python retrieval.py {args.model} {args.dataset}")
     top, chosen = load_top(source, args.k, args.limit, args.seed)
-    stage.check_fresh([source], args.force)
+    forced = stage.check_fresh([source], args.force)
     # Read before anything is paid, for the report at the end.
     corpus, gold = beir.Corpus(args.dataset), beir.load_qrels(args.dataset, "train")
     args.llm = teachers.default_llm(args.dataset, args.llm, args.base_url)
@@ -168,7 +168,7 @@ def main(args: argparse.Namespace) -> None:
         return {**await compare(asker, pair, query, corpus, args.both_orders, args.verdict_max_tokens), "llm": args.llm}
 
     with jsonl.lock(output, args.dry_run), jsonl.lock(ledger, args.dry_run):
-        record = stage.Record(args)
+        record = stage.Record(args, forced)
         record.reads(source, corpus.path)
         settings = {name: getattr(args, name) for name in ("llm", "k", "pairs", "both_orders", "seed")}
         settings |= {"prompt": stage.text_sha256([PROMPT, MAX_PASSAGE_CHARACTERS])[:12], "temperature": TEMPERATURE}

@@ -13,7 +13,7 @@ import sqlite3
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -86,16 +86,16 @@ def text_sha256(value: Any) -> str:
 
 
 class Record:
-    """How an output was made; written to `run.json` when the stage is done."""
+    """How an output was made; written to `run.json` when the stage is done. `forced`: what `--force` overrode."""
 
-    def __init__(self, args: argparse.Namespace) -> None:
-        self.started = time.time()
+    def __init__(self, args: argparse.Namespace, forced: Sequence[str] = ()) -> None:
+        self.started, self.forced = time.time(), list(forced)
         self.options = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
         self.inputs: dict[str, dict[str, Any]] = {}
         self.settings: dict[str, Any] = {}
 
     def reads(self, *files: Path) -> None:
-        """Note the hash of each input file, as it is now."""
+        """Note the hash of each input file, as it is now, and the settings under which a stage made it."""
         for path in files:
             # Taken before hashing, so that a later change can only cause a needless rehash.
             state = path.stat()
@@ -103,6 +103,7 @@ class Record:
                 "size": state.st_size,
                 "mtime_ns": state.st_mtime_ns,
                 "sha256": sha256(path),
+                "made_with": _made_with(path),
             }
 
     def resumes(self, output: Path, settings: dict[str, Any], force: bool, dry_run: bool = False) -> bool:
@@ -148,6 +149,7 @@ class Record:
                 "settings": self.settings,
                 "results": results,
                 "inputs": self.inputs,
+                "forced": self.forced,
                 "versions": versions(),
                 "git_commit": git_commit(),
                 "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(self.started)),
@@ -199,35 +201,53 @@ def load_record(output: Path) -> dict[str, Any] | None:
         record = json.loads(path.read_bytes())
     except ValueError:
         record = None
-    if not isinstance(record, dict):
+    if not isinstance(record, dict) or not record.keys() >= {"command", "complete", "options", "settings", "inputs"}:
         raise BadInput(f"{paths.shown(path)}: not the record of a run; run the stage that made it again")
     return record
 
 
-def check_fresh(outputs: Iterable[Path], force: bool, seen: set[Path] | None = None) -> None:
-    """Refuse an input whose own inputs have changed since it was made (`--force` goes on). An input
-    that is gone is no reason to refuse: it may have been removed to save space.
+def check_fresh(outputs: Iterable[Path], force: bool, seen: set[Path] | None = None) -> list[str]:
+    """Refuse an input whose own inputs have changed since it was made; with `force` return what is
+    wrong, for the `Record`. An input that is gone is no reason to refuse: it may have been removed to save space.
 
     Raises `BadInput` that names the stale file, what changed and the command that mends it.
     """
-    seen = set() if seen is None else seen
+    seen, forced = set() if seen is None else seen, []
     for output in outputs:
         record = None if paths.run_json(output) in seen else load_record(output)
         if record is None:
             continue
         seen.add(paths.run_json(output))
-        command = shlex.join(record.get("command", []))
-        unfinished = f"{paths.shown(output)} is unfinished: its stage was interrupted, or too many of its rows failed"
-        problems = [] if record.get("complete", True) else [unfinished]
-        for name, was in record.get("inputs", {}).items():
-            path = paths.home() / name
-            if path.is_file() and _changed(path, was):
-                problems.append(f"{paths.shown(output)} is stale: {name} has changed since it was made")
-        for problem in problems:
+        for problem in problems_of(output, record):
             if not force:
-                raise BadInput(f"{problem}.\nRun again: python {command}   (or pass --force to go on)")
+                raise BadInput(f"{problem}.\nRun again: python {shlex.join(record['command'])}   (or pass --force to go on)")
             say(f"warning: {problem}; going on because of --force")
-        check_fresh((paths.home() / name for name in record.get("inputs", {})), force, seen)
+            forced.append(problem)
+        forced += check_fresh((paths.home() / name for name in record["inputs"]), force, seen)
+    return forced
+
+
+def problems_of(output: Path, record: dict[str, Any]) -> list[str]:
+    """Why an output is not what its stage would make now: it is unfinished, or an input has changed
+    since, and under which other settings that one was made, if it was."""
+    shown = paths.shown(output)
+    found = [] if record["complete"] else [f"{shown} is unfinished: its stage was interrupted, or too many of its rows failed"]
+    for name, was in record["inputs"].items():
+        path = paths.home() / name
+        if path.is_file() and _changed(path, was):
+            then, now = was.get("made_with") or {}, _made_with(path) or {}
+            settings = "; ".join(
+                f"{key} was {then[key]!r} and is now {now.get(key)!r}" for key in then if then[key] != now.get(key)
+            )
+            found.append(f"{shown} is stale: {name} has changed since it was made{f' ({settings})' if settings else ''}")
+    return found
+
+
+def _made_with(path: Path) -> dict[str, Any] | None:
+    """Options and settings of the stage that made a file; None where none did."""
+    record = load_record(path)
+    made = record and record["options"] | record["settings"]
+    return made and {name: value for name, value in made.items() if name not in ("force", "resume", "device")}
 
 
 def _changed(path: Path, was: dict[str, Any]) -> bool:

@@ -277,6 +277,41 @@ def test_a_stale_stage_is_refused(stage1, home, run_script):
     assert code == 0, err
 
 
+def test_status_and_refusals_name_the_setting_that_has_changed(stage1, home, tiny_encoder, preferences, run_script):
+    def status():
+        code, out, err = run_script("syntriever/status.py", "tiny")
+        assert code == 0, err
+        lines = out.rstrip().splitlines()
+        return {line.split()[1]: line for line in lines if line.split()[0] in ("fresh", "stale", "missing")}, lines[-1]
+
+    base, top = SFT.removesuffix("-sft"), f"stage2/{SFT}_tiny_top100.jsonl"
+    retrieve = ("retrieval.py", SFT, "tiny", "--device", "cpu")
+    found, then = status()
+    assert [line.split()[0] for line in found.values()] == ["fresh", "fresh", "fresh", "missing", "fresh", "missing", "missing"]
+    assert then.endswith(f"python retrieval.py {SFT} tiny")
+    (home / "output" / f".{base}-final-tiny.tmp").mkdir()
+    assert "--resume" in status()[0][f"output/{base}-final-tiny"]
+    code, _, err = run_script(*retrieve, "--top-k", 8)
+    assert code == 0, err
+    (home / "stage2" / f"{SFT}_tiny_top8.jsonl").rename(home / top)
+    (home / "stage2" / f"{SFT}_tiny_top8.jsonl.run.json").rename(home / f"{top}.run.json")
+    assert status()[0][top] == f"fresh    {top}"
+
+    code, _, err = run_script("train_stage1.py", tiny_encoder, "tiny", "--loss", "infonce", "--epochs", 1, *FAST)
+    assert code == 0, err
+    setting = "loss was 'snn' and is now 'infonce'; epochs was 2.0 and is now 1.0"
+    found, then = status()
+    assert found[top].startswith("stale")
+    assert setting in found[top]
+    assert then.endswith(f"python retrieval.py {SFT} tiny --device cpu --top-k 8")
+    compare = ("stage2/parse_comparison.py", "tiny", "--model", SFT, "--k", 3, "--llm", "replay")
+    code, _, err = run_script(*compare)
+    assert code == 2
+    assert setting in err
+    code, _, err = run_script("train_stage2.py", SFT, "tiny", "--epochs", 1, *FAST)  # the preferences are the user's own
+    assert code == 0, err
+
+
 # --- the commands as typed, from three working directories
 
 

@@ -1,0 +1,84 @@
+"""Where the pipeline of a dataset stands: each output fresh, stale or missing, why, and the next command.
+
+Run      python -m syntriever.status scifact
+"""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from syntriever import paths, stage
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = stage.parser(__doc__)
+    parser.add_argument("dataset", help="BEIR name, pydocs, or a folder datasets/<dataset>/")
+    return parser.parse_args(argv)
+
+
+def chain(ds: str, base: str) -> Iterator[tuple[Path, str]]:
+    """The outputs of the encoder `base` in the order of the stages, each with the command that makes it."""
+    sft, final = f"{base}-sft", f"{base}-final"
+    yield paths.model_output(f"{sft}-{ds}"), f"train_stage1.py {base} {ds}"
+    yield paths.top(sft, ds), f"retrieval.py {sft} {ds}"
+    yield paths.preferences(sft, ds), f"stage2/parse_comparison.py {ds} --model {sft}"
+    yield paths.model_output(f"{final}-{ds}"), f"train_stage2.py {sft} {ds}"
+    yield paths.result(final, ds, "test", ".json"), f"evaluate.py bm25 {base} {sft} {final} {ds}"
+
+
+def bases(ds: str) -> list[str]:
+    """Short names of the encoders that have a checkpoint for `ds`; the README's where there is none."""
+    found = set()
+    for stage_name in ("sft", "final"):
+        ending = f"-{stage_name}-{ds}"
+        found |= {path.name.removesuffix(ending) for path in (paths.home() / "output").glob(f"*{ending}")}
+    return sorted(name for name in found if not name.startswith(".")) or ["minilm" if ds == "pydocs" else "e5"]
+
+
+def state_of(output: Path, stale: dict[str, str]) -> tuple[str, str, str]:
+    """(state, why, command that made it) of an output; `stale`: the outputs before it that are not fresh."""
+    if not output.exists():
+        begun = output.with_name(f".{output.name}.tmp").is_dir()
+        return "missing", "begun: --resume goes on with it" if begun else "", ""
+    record = stage.load_record(output)
+    if record is None:
+        return "fresh", "your own file: not made by a stage", ""
+    command = shlex.join(record["command"])
+    problems = stage.problems_of(output, record)
+    if problems:
+        return "stale", problems[0].removeprefix(f"{paths.shown(output)} is stale: "), command
+    for name in record["inputs"]:
+        before = str(Path(name).parent) if name.endswith(".safetensors") else name
+        if before in stale:
+            return "stale", f"{before} is {stale[before]}", command
+    overridden = f"made with --force: {record['forced'][0]}" if record.get("forced") else ""
+    return "fresh", overridden, command
+
+
+def main(args: argparse.Namespace) -> None:
+    ds = args.dataset
+    first = "datasets/build_pydocs.py" if ds == "pydocs" else f"datasets/parse_synthetic.py {ds}"
+    common = [(paths.dataset(ds), first), (paths.synthetic(ds), f"datasets/parse_synthetic.py {ds}")]
+    stale: dict[str, str] = {}
+    for base in bases(ds):
+        todo = ""
+        for output, command in [*common, *chain(ds, base)]:
+            state, why, made_by = state_of(output, stale) if output != paths.dataset(ds) else dataset_state(ds)
+            if state != "fresh":
+                stale[paths.shown(output)] = state
+                todo = todo or made_by or command
+            stage.say(f"{state:8} {paths.shown(output)}{'/' if output.is_dir() else ''}{f'   ({why})' if why else ''}")
+        stage.say(f"next:    python {todo}\n" if todo else f"{base} is complete\n")
+
+
+def dataset_state(ds: str) -> tuple[str, str, str]:
+    there = all(path.is_file() for path in (paths.corpus(ds), paths.queries(ds), paths.qrels(ds, "train")))
+    return ("fresh" if there else "missing"), "", ""
+
+
+if __name__ == "__main__":
+    sys.exit(stage.run(main, parse_args))
