@@ -30,10 +30,17 @@ def _reject_constant(name: str) -> float:
     raise ValueError(f"{name} is not JSON")
 
 
+def _finite(number: str) -> float:
+    value = float(number)
+    if value in (float("inf"), float("-inf")):  # 1e999: it could be read, but not written again
+        raise ValueError(f"{number} is beyond a float")
+    return value
+
+
 def parse(line: bytes, path: Path, number: int, fields: dict[str, type | tuple[type, ...]]) -> Row:
     """Row of one line, with every name of `fields` present and of its type, else `BadInput`."""
     try:
-        row = json.loads(line.decode("utf-8"), parse_constant=_reject_constant)
+        row = json.loads(line.decode("utf-8"), parse_constant=_reject_constant, parse_float=_finite)
         if b"\\u" in line:
             json.dumps(row, ensure_ascii=False).encode()  # half of a surrogate pair is JSON, but no text
     except UnicodeEncodeError:
@@ -204,7 +211,7 @@ def mend(path: Path) -> None:
         try:
             json.loads(file.read())
             file.write(b"\n")
-        except ValueError:
+        except (ValueError, RecursionError):
             file.truncate(last)
 
 

@@ -75,6 +75,7 @@ def test_read_gives_back_what_dumps_wrote(data, start, ending, last):
         (b'{"a": 1', "not a JSON row"),
         (b'{"a": 1} {"a": 2}', "not a JSON row"),
         (b'{"a": NaN}', "NaN"),
+        (b'{"a": -1e999}', "-1e999 is beyond a float"),
         (b'{"a": 1, "b": [-Infinity]}', "Infinity"),
         (b'{"a": 1, "b": "\xff"}', "UTF-8"),
         (b'{"a": 1, "b": "half a pair \\ud83d"}', ""),  # JSON can spell it, but it can never be written again
