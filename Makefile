@@ -1,8 +1,8 @@
-# make demo [LLM=smollm2|gpt-4o|...] [LEDGER=FILE]   make test   make check   make bench   make clean
+# make demo [LLM=smollm2|gpt-4o|...] [LEDGER=FILE]   make test   make soak   make check   make bench   make clean
 PYTHON ?= python3.11
 BIN := .venv/bin
 
-.PHONY: install demo test check bench clean
+.PHONY: install demo test soak check bench clean
 
 install: .venv/installed
 
@@ -19,6 +19,9 @@ demo: install
 
 test: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+
+soak: install
+	$(BIN)/python tests/soak.py
 
 check: install
 	$(BIN)/ruff format --check .

@@ -155,7 +155,8 @@ def make_loss(args: argparse.Namespace, reference: tuple[Tensor, Tensor] | None)
 
 
 def load_pairs(ds: str, source: Path, queries: dict[str, str], corpus: beir.Corpus) -> list[tuple[str, int, int]]:
-    """(query id, position of the preferred, position of the rejected passage) of every preference."""
+    """(query id, position of the preferred, position of the rejected passage) of every preference, in
+    an order that does not depend on that of the file: verdicts arrive in any."""
     pairs = []
     for number, _, row in jsonl.read_with_offsets(source, {"query_id": str, "preferred_id": str, "rejected_id": str}):
         where = f"{paths.shown(source)}:{number}"
@@ -167,7 +168,7 @@ def load_pairs(ds: str, source: Path, queries: dict[str, str], corpus: beir.Corp
         pairs.append((row["query_id"], better, worse))
     if not pairs:
         raise BadInput(f"{paths.shown(source)} has no preference to train on")
-    return pairs
+    return sorted(pairs)
 
 
 def main(args: argparse.Namespace) -> None:

@@ -84,7 +84,7 @@ def test_read_gives_back_what_dumps_wrote(data, start, ending, last):
         (b'{"a": "1"}', "'a' has type str"),
         (b'{"a": 1, "b": ' + b"[" * 200_000 + b"]" * 200_000 + b"}", "not a JSON row"),
     ],
-    ids=["cut", "two", "nan", "infinity", "utf-8", "surrogate", "list", "missing", "type", "deep"],
+    ids=["cut", "two", "nan", "overflow", "infinity", "utf-8", "surrogate", "list", "missing", "type", "deep"],
 )
 def test_read_names_file_and_line_of_a_bad_row(data, line, hint):
     path = data / "datasets" / "x.jsonl"

@@ -1,0 +1,152 @@
+"""The whole pipeline on pydocs, once undisturbed and once under kills, full disks and a teacher that fails: both must
+end in the same files. No pytest: it takes long.
+
+Run      make soak                          about 15 minutes on two cores
+         python tests/soak.py --kills 10    kills of each stage
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import random
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.append(str(ROOT / "tests"))
+from llm_server import LLMServer
+
+# All that passes when the request is sent again.
+FAULTS = {
+    "429": 0.1,
+    "429-ms": 0.05,
+    "500": 0.1,
+    "502-html": 0.05,
+    "bad-json": 0.05,
+    "cut-json": 0.05,
+    "reset": 0.1,
+    "truncated": 0.05,
+}
+SHORT = ["--max-length", "24", "--device", "cpu"]
+TRAINING = [*SHORT, "--epochs", "1", "--dev-pool", "100", "--save-minutes", "0.05", "--resume"]
+
+# Name, command, and the size in bytes of a file at which its disk is full.
+STAGES: list[tuple[str, list[str], int]] = [
+    ("build", ["datasets/build_pydocs.py"], 100_000),
+    ("synthesis", ["datasets/parse_synthetic.py", "pydocs", "--limit", "200", "LLM"], 60_000),
+    ("stage 1", ["train_stage1.py", "minilm", "pydocs", *TRAINING], 30_000_000),
+    ("retrieval", ["retrieval.py", "minilm-sft", "pydocs", *SHORT], 200_000),
+    (
+        "comparison",
+        ["stage2/parse_comparison.py", "pydocs", "--model", "minilm-sft", "--limit", "100", "--pairs", "3", "LLM"],
+        20_000,
+    ),
+    ("stage 2", ["train_stage2.py", "minilm-sft", "pydocs", *TRAINING], 30_000_000),
+    ("evaluation", ["evaluate.py", "minilm-final", "pydocs", *SHORT], 100_000),
+]
+
+
+def start(command: list[str], home: Path, url: str, log: Path, disk: int | None = None) -> subprocess.Popen[bytes]:
+    teacher = ["--llm", "teacher", "--base-url", url, "--concurrency", "16", "--attempts", "20"]
+    argv = [part for word in command for part in (teacher if word == "LLM" else [word])]
+    env = {**os.environ, "SYNTRIEVER_HOME": str(home), "OPENAI_API_KEY": "sk-soak", "OMP_NUM_THREADS": "1"}
+
+    def limits() -> None:
+        if disk is not None:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (disk, disk))
+
+    with log.open("ab") as file:
+        argv = [sys.executable, str(ROOT / argv[0]), *argv[1:]]
+        return subprocess.Popen(argv, env=env, stdout=file, stderr=file, start_new_session=True, preexec_fn=limits)
+
+
+def sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def outcome(home: Path) -> dict[str, Any]:
+    """What must not depend on how often a run was disturbed. LLM rows come in any order, and tell how often they were asked."""
+
+    def rows(path: Path, *kept: str) -> list[str]:
+        return sorted(json.dumps([json.loads(line)[name] for name in kept]) for line in path.read_bytes().splitlines())
+
+    found: dict[str, Any] = {
+        path: sha256(home / path) for path in ("datasets/pydocs/corpus.jsonl", "datasets/pydocs/queries.jsonl")
+    }
+    found["synthetic"] = rows(home / "datasets/pydocs_synthetic.jsonl", "query_id", "cot", "positive", "negative", "verified")
+    for name in ("minilm-sft-pydocs", "minilm-final-pydocs"):
+        found[name] = sha256(home / "output" / name / "model.safetensors")
+    found["top"] = sha256(home / "stage2/minilm-sft_pydocs_top100.jsonl")
+    found["preferences"] = rows(home / "stage2/minilm-sft_pydocs_preferences.jsonl", "query_id", "preferred_id", "rejected_id")
+    measured = json.loads((home / "results/minilm-final_pydocs_test.json").read_text())
+    return found | {"measures": measured["per_query"]}
+
+
+def check(condition: bool, message: str, log: Path) -> None:
+    if not condition:
+        raise SystemExit(f"soak: {message}\n{log.read_text()[-3000:]}")
+
+
+def calm(home: Path) -> dict[str, float]:
+    """Seconds of each stage."""
+    seconds = {}
+    with LLMServer(latency=0.02) as server:
+        for name, command, _ in STAGES:
+            started = time.monotonic()
+            check(start(command, home, server.url, home / "log").wait() == 0, f"undisturbed {name} failed", home / "log")
+            seconds[name] = time.monotonic() - started
+            print(f"undisturbed: {name} {seconds[name]:.0f} s", flush=True)
+    return seconds
+
+
+def storm(home: Path, seconds: dict[str, float], kills: int, rng: random.Random) -> None:
+    with LLMServer(latency=0.02, faults=FAULTS, retry_after=0.2) as server:
+        for name, command, disk in STAGES:
+            full = start(command, home, server.url, home / "log", disk).wait()
+            check(full == 1, f"{name} on a full disk: exit {full}, not 1", home / "log")
+            done = 0
+            for _ in range(kills):
+                process = start(command, home, server.url, home / "log")
+                try:
+                    code = process.wait(timeout=rng.uniform(0.1, 1) * seconds[name])
+                    check(code == 0, f"{name} after {done} kills: exit {code}", home / "log")
+                    break  # it was quicker than the kill
+                except subprocess.TimeoutExpired:
+                    os.killpg(process.pid, 9)
+                    process.wait()
+                    done += 1
+            code = start(command, home, server.url, home / "log").wait()
+            check(code == 0, f"{name} after {done} kills: exit {code}", home / "log")
+            print(f"disturbed: {name}: disk full, then {done} kills, then complete", flush=True)
+        failed = sum(row["event"] == "answered" and row["fault"] is not None for row in server.rows)
+        print(f"disturbed: the teacher answered {len(server.requests):,} requests, {failed:,} of them with a fault", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=5, help="of each stage at most (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of their moments (default: %(default)s)")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        homes = [Path(folder) / name for name in ("calm", "storm")]
+        for home in homes:
+            home.mkdir()
+        storm(homes[1], calm(homes[0]), args.kills, random.Random(args.seed))
+        expected, found = map(outcome, homes)
+        other = [name for name in expected if expected[name] != found[name]]
+        if other:
+            raise SystemExit(f"soak: not the same as undisturbed: {', '.join(other)}")
+        left = [str(path) for path in homes[1].rglob("*.tmp*") if path.is_file()]
+        print(f"soak: {', '.join(expected)} are the same; {len(left)} temporary files were left {left[:5]}")
+
+
+if __name__ == "__main__":
+    main()
