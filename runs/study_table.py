@@ -73,7 +73,7 @@ def draw(ds: str, rows: list[dict[str, Any]], curves: dict[str, tuple[list[float
     from matplotlib import pyplot as plt
 
     height = 1.2 + 0.28 * len(rows)
-    figure, axes = plt.subplots(1, 2, figsize=(12, max(3.6, height)), constrained_layout=True, width_ratios=[3, 2])
+    figure, axes = plt.subplots(1, 2, figsize=(14, max(3.6, height)), constrained_layout=True, width_ratios=[3, 2])
     for place, row in enumerate(rows):
         axes[0].scatter(row["seeds"], [-place] * len(row["seeds"]), s=14, alpha=0.5, color="tab:blue", linewidths=0)
         axes[0].plot(row["mean"], -place, "|", markersize=14, color="black")
@@ -84,7 +84,7 @@ def draw(ds: str, rows: list[dict[str, Any]], curves: dict[str, tuple[list[float
         if min(values) < 1:  # there are written texts in its batches
             axes[1].plot(epochs, values, label=name)
     axes[1].set(xlabel="epoch", ylim=(0, 1.02), title="share of the gradient on texts\nthat reaches gold passages")
-    axes[1].legend(fontsize=8)
+    figure.legend(*axes[1].get_legend_handles_labels(), loc="outside right center", fontsize=8)
     with jsonl.atomic(path) as file:
         figure.savefig(file, dpi=110, format="png")
 
