@@ -100,6 +100,9 @@ def resolve(model: str, ds: str, name: str | None = None) -> ModelRef:
         folder = Path(model).resolve()
         if not (folder / "config.json").is_file() or not list(folder.glob("*.safetensors")):
             raise BadInput(f"{model} is not a checkpoint: it needs config.json and model.safetensors")
+        for pickled in folder.glob("*_*/pytorch_model.bin"):  # of a Dense layer, say
+            if not (pickled.parent / "model.safetensors").is_file():
+                raise BadInput(f"{pickled} is a pickle, which could run code; convert it to model.safetensors")
         return ModelRef(paths.check_name(name or folder.name, "model"), str(folder), _prefixes_of(folder.name))
     if re.fullmatch(r"[\w.-]+/[\w.-]+", model):
         known = dict(ALIASES.values()).get(model)

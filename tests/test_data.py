@@ -590,6 +590,9 @@ def test_models_that_are_not_there(data):
     for folder in (data / "datasets", data / "pickled"):
         with pytest.raises(BadInput, match=rf"{folder} is not a checkpoint.*safetensors"):
             models.resolve(str(folder), "x")
+    write_jsonl(data / "dense" / "2_Dense" / "pytorch_model.bin", [])
+    with pytest.raises(BadInput, match=r"2_Dense/pytorch_model\.bin is a pickle"):
+        models.resolve(str(checkpoint(data / "dense")), "x")
     for model, command in (("e5-sft", "train_stage1.py e5 x"), ("e5-v2-final", "train_stage2.py e5-v2-sft x")):
         folder = data / "output" / f"{model}-x"
         for prepare in (lambda: None, lambda folder=folder: checkpoint(folder)):  # nothing there, or no record of it

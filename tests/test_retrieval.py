@@ -46,6 +46,15 @@ def test_vectors_are_those_of_the_library_whatever_the_budget(model, docstrings,
         np.testing.assert_allclose(made, library(model, texts, kind), atol=1e-6)
 
 
+def test_any_text_has_a_finite_unit_vector(tiny_encoder):
+    model = models.load(models.resolve(str(tiny_encoder), "tiny"), "cpu")
+    texts = ["", " \n", "\0", "word " * 200_000, "a" * 1_000_000, "\u2028", "\U0001f600" * 9]
+    for kind in ("query", "document"):
+        vectors = Encoder(model)(texts, kind)
+        assert np.isfinite(vectors).all()
+        np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-5)
+
+
 def test_no_batch_is_over_the_budget_and_little_is_padded(model, docstrings, monkeypatch):
     encoder = Encoder(model, batch_tokens=200)
     shapes, real = [], encoder._forward
