@@ -41,7 +41,7 @@ TRAINING = [*SHORT, "--epochs", "1", "--dev-pool", "100", "--save-minutes", "0.0
 # Name, command, and the size in bytes of a file at which its disk is full.
 STAGES: list[tuple[str, list[str], int]] = [
     ("build", ["datasets/build_pydocs.py"], 100_000),
-    ("synthesis", ["datasets/parse_synthetic.py", "pydocs", "--limit", "200", "LLM"], 60_000),
+    ("synthesis", ["datasets/parse_synthetic.py", "pydocs", "--limit", "100", "LLM"], 60_000),
     ("stage 1", ["train_stage1.py", "minilm", "pydocs", *TRAINING], 30_000_000),
     ("retrieval", ["retrieval.py", "minilm-sft", "pydocs", *SHORT], 200_000),
     (
@@ -116,7 +116,7 @@ def storm(home: Path, seconds: dict[str, float], kills: int, rng: random.Random)
             for _ in range(kills):
                 process = start(command, home, server.url, home / "log")
                 try:
-                    code = process.wait(timeout=rng.uniform(0.05, 0.8) * seconds[name])  # it may be quicker than the kill
+                    code = process.wait(timeout=rng.uniform(0.05, 0.8) * max(8, seconds[name]))  # it may be quicker than the kill
                     check(code == 0, f"{name} after {done} kills: exit {code}", home / "log")
                 except subprocess.TimeoutExpired:
                     os.killpg(process.pid, 9)

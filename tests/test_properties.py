@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -15,16 +16,14 @@ from syntriever.ledger import Ledger, Reply, Request
 settings.register_profile("offline", deadline=None, derandomize=True, max_examples=200, database=None)
 settings.load_profile("offline")
 
-# No subnormal floats: loading a model turns them off (models.load).
-SCALARS = (
-    st.none()
-    | st.booleans()
-    | st.integers()
-    | st.floats(allow_nan=False, allow_infinity=False, allow_subnormal=False)
-    | st.text()
-)
+SCALARS = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text()
 VALUES = st.recursive(SCALARS, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(), inner, max_size=4))
 ROWS = st.lists(st.dictionaries(st.text(), VALUES, max_size=4), max_size=6)
+
+
+@pytest.fixture(autouse=True)
+def subnormal_floats():
+    torch.set_flush_denormal(False)  # a model that another test has loaded turned them off
 
 
 @pytest.fixture(scope="module")
@@ -120,7 +119,7 @@ def test_no_name_leads_out_of_its_folder(name):
 
 RUNS = st.dictionaries(
     st.sampled_from(["q1", "q2", "q3"]),
-    st.dictionaries(st.sampled_from(["a", "b", "c", "d"]), st.floats(-9, 9, allow_subnormal=False)),
+    st.dictionaries(st.sampled_from(["a", "b", "c", "d"]), st.floats(-9, 9)),
     max_size=3,
 )
 QRELS = st.dictionaries(
