@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 import shlex
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from syntriever import paths, stage
@@ -62,16 +62,26 @@ def state_of(output: Path, stale: dict[str, str]) -> tuple[str, str, str]:
 def main(args: argparse.Namespace) -> None:
     ds = args.dataset
     first = "datasets/build_pydocs.py" if ds == "pydocs" else f"datasets/parse_synthetic.py {ds}"
-    common = [(paths.dataset(ds), first), (paths.synthetic(ds), f"datasets/parse_synthetic.py {ds}")]
     stale: dict[str, str] = {}
-    for base in bases(ds):
+
+    def show(steps: Iterable[tuple[Path, str]]) -> str:
+        """Print the state of each output; the command for the first that is not fresh."""
         todo = ""
-        for output, command in [*common, *chain(ds, base)]:
-            state, why, made_by = state_of(output, stale) if output != paths.dataset(ds) else dataset_state(ds)
+        for output, command in steps:
+            state, why, made_by = dataset_state(ds) if output == paths.dataset(ds) else state_of(output, stale)
             if state != "fresh":
                 stale[paths.shown(output)] = state
                 todo = todo or made_by or command
             stage.say(f"{state:8} {paths.shown(output)}{'/' if output.is_dir() else ''}{f'   ({why})' if why else ''}")
+        return todo
+
+    before = show([(paths.dataset(ds), first), (paths.synthetic(ds), f"datasets/parse_synthetic.py {ds}")])
+    for base in bases(ds):
+        steps = list(chain(ds, base))
+        if steps[3][0].exists() and not steps[0][0].exists():
+            steps = steps[3:]  # `--name` of stage 2: from the stage 1 of another name
+        after = show(steps)
+        todo = before or after
         stage.say(f"next:    python {todo}\n" if todo else f"{base} is complete\n")
 
 
