@@ -21,13 +21,19 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from syntriever import beir, hub, jsonl, metrics, models, parallel, paths, report, stage
+from syntriever.data import dataset, download
+from syntriever.data.corpus import Corpus
+from syntriever.data.dataset import Hits
+from syntriever.encode import bm25, models
 from syntriever.errors import BadInput
-from syntriever.metrics import Hits, Measures
+from syntriever.files import jsonl, paths
+from syntriever.report import hub, metrics, page, pictures
+from syntriever.report.metrics import Measures
+from syntriever.run import cli, lineage, options, processes, terminal
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = stage.parser(__doc__)
+    parser = cli.parser(__doc__)
     parser.add_argument(
         "names",
         nargs="+",
@@ -38,10 +44,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--ks", default="1,3,5,10,100", help="cut-offs of the measures (default: %(default)s)")
     parser.add_argument("--trained-on", metavar="DATASET", help="evaluate X-sft and X-final trained on this dataset (zero-shot)")
     parser.add_argument("--push-to-hub", metavar="OWNER/NAME", help="upload the one checkpoint, with its scores, to the Hub")
-    stage.add_encoding_options(parser)
+    options.add_encoding_options(parser)
     args = parser.parse_args(argv)
     names = list(dict.fromkeys(args.names))
-    args.datasets = [name for name in names if name not in models.ALIASES and "/" not in name and beir.is_dataset(name)]
+    args.datasets = [name for name in names if name not in models.ALIASES and "/" not in name and dataset.is_dataset(name)]
     args.models = [name for name in names if name not in args.datasets]
     if not args.datasets or not args.models:
         what = "a dataset" if args.models else "a model"
@@ -59,44 +65,30 @@ def parse_ks(text: str) -> tuple[int, ...]:
     return ks
 
 
-def bm25_run(corpus: beir.Corpus, queries: dict[str, str], k: int) -> Iterable[tuple[str, Hits]]:
-    """Top `k` of Lucene's BM25 (k1 0.9, b 0.4 as in Anserini and BEIR), English stop words, stemmed."""
-    import bm25s
-    import Stemmer
-
-    stemmer = Stemmer.Stemmer("english")
-    tokenizer = {"stopwords": "en", "stemmer": stemmer, "show_progress": False}
-    index = bm25s.BM25(k1=0.9, b=0.4, method="lucene")
-    index.index(bm25s.tokenize(list(corpus.texts()), **tokenizer), show_progress=True)
-    positions, scores = index.retrieve(bm25s.tokenize(list(queries.values()), **tokenizer), k=k, show_progress=True)
-    for query, row, row_scores in zip(queries, positions, scores, strict=True):
-        yield query, [(corpus.id(int(p)), float(s)) for p, s in zip(row, row_scores, strict=True) if s > 0]
-
-
 @dataclass
 class Inputs:
     """One dataset, loaded."""
 
     name: str
-    corpus: beir.Corpus
+    corpus: Corpus
     queries: dict[str, str]
-    qrels: beir.Qrels
+    qrels: dataset.Qrels
 
 
 def main(args: argparse.Namespace) -> None:
-    stage.check_positive(args, "max_length", "batch_tokens")
+    cli.check_positive(args, "max_length", "batch_tokens")
     ks = parse_ks(args.ks)
-    datasets = [part for name in args.datasets for part in beir.parts(name)]
+    datasets = [part for name in args.datasets for part in download.parts(name)]
     refs: dict[tuple[str, str], models.ModelRef] = {}
     forced: dict[tuple[str, str], list[str]] = {}
     for ds in datasets:  # everything is found and checked before anything is loaded
-        beir.ensure(ds)
+        dataset.ensure(ds)
         for model in args.models:
             if model != "bm25":
                 refs[model, ds] = models.resolve(model, args.trained_on or ds, args.name if len(args.models) == 1 else None)
                 models.check_backend(refs[model, ds], args.backend)
-                forced[model, ds] = stage.check_fresh(refs[model, ds].weights, args.force)
-        beir.load_qrels(ds, args.split)
+                forced[model, ds] = lineage.check_fresh(refs[model, ds].weights, args.force)
+        dataset.load_qrels(ds, args.split)
         names = [refs[model, ds].name for model in args.models if model != "bm25"]
         if len(set(names)) < len(names):
             raise BadInput(f"two models have one short name ({', '.join(names)}), and so the same result files; rename a folder")
@@ -108,40 +100,40 @@ def main(args: argparse.Namespace) -> None:
         (checkpoint,) = folders
     inputs = []
     for ds in datasets:
-        corpus = beir.Corpus(ds)
+        corpus = Corpus(ds)
         if max(ks) > len(corpus):
             raise BadInput(f"--ks {args.ks}: {paths.shown(corpus.path)} has only {len(corpus)} passages")
-        inputs.append(Inputs(ds, corpus, *beir.load_split(ds, args.split, corpus, args.strict)))
-    if checkpoint and parallel.rank() == 0:
+        inputs.append(Inputs(ds, corpus, *dataset.load_split(ds, args.split, corpus, args.strict)))
+    if checkpoint and processes.rank() == 0:
         hub.create(args.push_to_hub)
-    device = parallel.start(args.device)
+    device = processes.start(args.device)
     table: dict[str, dict[str, Measures]] = {}
     sections = []
     for data in inputs:
-        stage.say(f"read   {len(data.corpus):,} passages, {len(data.queries):,} {args.split} queries of {data.name}")
+        terminal.say(f"read   {len(data.corpus):,} passages, {len(data.queries):,} {args.split} queries of {data.name}")
         table[data.name] = {}
         tops: dict[str, dict[str, Hits]] = {}
         tests: list[tuple[str, str, dict[str, float]]] = []
         for model in args.models:
             ref = refs.get((model, data.name))
-            record = stage.Record(args, forced.get((model, data.name), []))
-            record.reads(*beir.files(data.name, args.split), *(ref.weights if ref else []))
+            record = lineage.Record(args, forced.get((model, data.name), []))
+            record.reads(*dataset.files(data.name, args.split), *(ref.weights if ref else []))
             hits, encoder = retrieve(args, ref, data, max(ks), device)
-            if parallel.rank() == 0:
+            if processes.rank() == 0:
                 made, against = measure(args, record, model, ref, data, hits, encoder, ks, table[data.name])
                 table[data.name][model] = made
                 tests += [(model, other, test) for other, test in against.items()]
-                tops[model] = {query: found[: report.SHOWN] for query, found in hits.items()}
-        if parallel.rank() == 0:
+                tops[model] = {query: found[: page.SHOWN] for query, found in hits.items()}
+        if processes.rank() == 0:
             print_table(data, args.split, table[data.name], ks, tests)
             curves = {model: refs[model, data.name].folder for model in args.models if (model, data.name) in refs}
-            sections.append(report.section(data, args.split, table[data.name], columns(ks), main_of(ks), tests, tops, curves))
-    if parallel.rank():
+            sections.append(page.section(data, args.split, table[data.name], columns(ks), main_of(ks), tests, tops, curves))
+    if processes.rank():
         return
     rows = summary(args, table, ks) if len(datasets) > 1 else []
     print_summary(rows, main_of(ks))
-    report.write(sections, rows, main_of(ks))
-    stage.say(f"wrote  {paths.shown(paths.report_html())}")
+    page.write(sections, rows, main_of(ks))
+    terminal.say(f"wrote  {paths.shown(paths.report_html())}")
     if checkpoint:
         hub.push(checkpoint, args.push_to_hub)
 
@@ -149,9 +141,9 @@ def main(args: argparse.Namespace) -> None:
 @functools.lru_cache(1)
 def load(ref: models.ModelRef, device: str | None, max_length: int | None, backend: str, batch_tokens: int | None) -> Any:
     """An encoder, kept for the next dataset where it is the only one."""
-    from syntriever import encoding
+    from syntriever.encode.encoder import Encoder
 
-    return encoding.Encoder(models.load(ref, device, max_length), backend, batch_tokens)
+    return Encoder(models.load(ref, device, max_length), backend, batch_tokens)
 
 
 def retrieve(
@@ -159,27 +151,27 @@ def retrieve(
 ) -> tuple[dict[str, Hits], dict[str, Any]]:
     """Top `k` of every query, its own passage left out where the dataset asks for it; and what decides
     an embedding."""
-    drop_self = data.name in beir.SELF_RETRIEVAL
+    drop_self = data.name in dataset.SELF_RETRIEVAL
     wanted = min(k + drop_self, len(data.corpus))
     found: Iterable[tuple[str, Hits]]
     settings: dict[str, Any] = {}
     if ref:
-        from syntriever import search
+        from syntriever.encode import search
 
         encoder = load(ref, device, args.max_length, args.backend, args.batch_tokens)
         settings = encoder.settings() | {"dtype": args.dtype}
         found = search.top_k(encoder, data.corpus, ref.embeddings(data.name), data.queries, wanted, args.dtype)
     else:
-        found = bm25_run(data.corpus, data.queries, wanted) if parallel.rank() == 0 else []
+        found = bm25.run(data.corpus, data.queries, wanted) if processes.rank() == 0 else []
     if drop_self:
-        stage.say(f"note:  a query of {data.name} is itself a passage; it is left out of its own results, as BEIR does")
+        terminal.say(f"note:  a query of {data.name} is itself a passage; it is left out of its own results, as BEIR does")
         found = ((query, [hit for hit in hits if hit[0] != query][:k]) for query, hits in found)
     return dict(found), settings
 
 
 def measure(
     args: argparse.Namespace,
-    record: stage.Record,
+    record: lineage.Record,
     model: str,
     ref: models.ModelRef | None,
     data: Inputs,
@@ -207,7 +199,7 @@ def measure(
         "queries": len(qrels),
         "queries_without_results": sum(not hits.get(query) for query in qrels),
         "passages": len(data.corpus),
-        "own_passage_left_out": ds in beir.SELF_RETRIEVAL,
+        "own_passage_left_out": ds in dataset.SELF_RETRIEVAL,
         "measures": means,
         "tests": tests,
         "per_query": {query: {name: measures[name][query] for name in measures} for query in qrels},
@@ -219,9 +211,10 @@ def measure(
                 # Nine digits keep a 32-bit float, so that trec_eval sees the ties and the order that were measured.
                 file.write(f"{query} Q0 {passage} {rank} {score:.9g} {shown}\n".encode())
     jsonl.write_json(target[".json"], result)
-    draw({**before, model: measures}, ks, target[".png"], f"{ds}, {args.split} split, {len(qrels)} queries")
+    title = f"{ds}, {args.split} split, {len(qrels)} queries"
+    pictures.compare({**before, model: measures}, ks, name, target[".png"], title)
     record.write(target[".json"], **means)
-    stage.say(f"wrote  {paths.shown(target['.json'])}, .trec, .png")
+    terminal.say(f"wrote  {paths.shown(target['.json'])}, .trec, .png")
     if ref and ref.folder and models.is_own(model):
         how = f"{encoder['max_length']} tokens, {encoder['backend']}, {encoder['dtype']}"
         hub.add_scores(ref.folder, ds, args.split, how, {name: means[name] for name in columns(ks)})
@@ -242,16 +235,16 @@ def print_table(
     data: Inputs, split: str, table: dict[str, Measures], ks: tuple[int, ...], tests: list[tuple[str, str, dict[str, float]]]
 ) -> None:
     width = max(map(len, table)) + 2
-    own = "; a query's own passage is left out" if data.name in beir.SELF_RETRIEVAL else ""
-    stage.say(f"\n{data.name}, {split} split, mean over {len(data.qrels)} queries (a query without results counts 0{own})")
-    stage.say("".ljust(width) + "".join(column.rjust(11) for column in columns(ks)))
+    own = "; a query's own passage is left out" if data.name in dataset.SELF_RETRIEVAL else ""
+    terminal.say(f"\n{data.name}, {split} split, mean over {len(data.qrels)} queries (a query without results counts 0{own})")
+    terminal.say("".ljust(width) + "".join(column.rjust(11) for column in columns(ks)))
     for model, measures in table.items():
-        stage.say(model.ljust(width) + "".join(f"{metrics.mean(measures[column]):11.4f}" for column in columns(ks)))
+        terminal.say(model.ljust(width) + "".join(f"{metrics.mean(measures[column]):11.4f}" for column in columns(ks)))
     if tests:
-        stage.say(f"\npaired test on {main_of(ks)}: difference [95% bootstrap interval], two-sided p of a randomisation test")
+        terminal.say(f"\npaired test on {main_of(ks)}: difference [95% bootstrap interval], two-sided p of a randomisation test")
     for new, old, test in tests:
-        stage.say(f"{new} - {old}: {test['difference']:+.4f} [{test['low']:+.4f}, {test['high']:+.4f}], p = {test['p']:.4f}")
-    stage.say()
+        terminal.say(f"{new} - {old}: {test['difference']:+.4f} [{test['low']:+.4f}, {test['high']:+.4f}], p = {test['p']:.4f}")
+    terminal.say()
 
 
 def summary(args: argparse.Namespace, table: dict[str, dict[str, Measures]], ks: tuple[int, ...]) -> list[list[Any]]:
@@ -260,7 +253,7 @@ def summary(args: argparse.Namespace, table: dict[str, dict[str, Measures]], ks:
     name = main_of(ks)
     rows: list[list[Any]] = [["", *args.datasets, "average"]]
     for model in args.models:
-        of_parts = [[metrics.mean(table[part][model][name]) for part in beir.parts(ds)] for ds in args.datasets]
+        of_parts = [[metrics.mean(table[part][model][name]) for part in download.parts(ds)] for ds in args.datasets]
         values = [sum(values) / len(values) for values in of_parts]
         rows.append([model, *values, sum(values) / len(values)])
     return rows
@@ -269,43 +262,11 @@ def summary(args: argparse.Namespace, table: dict[str, dict[str, Measures]], ks:
 def print_summary(rows: list[list[Any]], name: str) -> None:
     if rows:
         widths = [max(len(str(row[0])) for row in rows) + 2, *(max(11, len(ds) + 2) for ds in rows[0][1:])]
-        stage.say(f"{name} by dataset")
+        terminal.say(f"{name} by dataset")
         for row in rows:
             cells = [cell if isinstance(cell, str) else f"{cell:.4f}" for cell in row]
-            stage.say(cells[0].ljust(widths[0]) + "".join(map(str.rjust, cells[1:], widths[1:])))
-
-
-def draw(table: dict[str, Measures], ks: tuple[int, ...], path: Any, title: str) -> None:
-    """nDCG at every cut-off for each model, the main measure query by query, and the last two models against each other."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    name = main_of(ks)
-    pair = list(table)[-2:]
-    figure, axes = plt.subplots(1, 1 + len(pair), figsize=(5 * (1 + len(pair)), 4), constrained_layout=True)
-    curves, queries = axes[:2]
-    for model, measures in table.items():
-        curves.plot(range(len(ks)), [metrics.mean(measures[f"nDCG@{k}"]) for k in ks], marker="o", label=model)
-        queries.plot(sorted(measures[name].values(), reverse=True), label=model)
-    curves.set(xticks=range(len(ks)), xticklabels=ks, xlabel="k", title="nDCG@k", ylim=(0, 1))
-    queries.set(xlabel="queries, each curve sorted by itself", title=f"{name} per query", ylim=(0, 1.02))
-    curves.legend()
-    if len(pair) > 1:
-        old, new = (list(table[model][name].values()) for model in pair)
-        won, lost = (sum(sign * a > sign * b for a, b in zip(new, old, strict=True)) for sign in (1, -1))
-        axes[2].scatter(old, new, s=12, alpha=0.35, linewidths=0)
-        axes[2].plot([0, 1], [0, 1], color="grey", linewidth=0.8)
-        axes[2].set(
-            xlabel=pair[0], ylabel=pair[1], title=f"{name}: {won} won, {lost} lost", xlim=(-0.02, 1.02), ylim=(-0.02, 1.02)
-        )
-    figure.suptitle(title)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with jsonl.atomic(path) as file:
-        figure.savefig(file, dpi=110, format="png")
-    plt.close(figure)
+            terminal.say(cells[0].ljust(widths[0]) + "".join(map(str.rjust, cells[1:], widths[1:])))
 
 
 if __name__ == "__main__":
-    sys.exit(stage.run(main, parse_args))
+    sys.exit(cli.run(main, parse_args))

@@ -15,12 +15,16 @@ import sys
 import textwrap
 from collections.abc import Iterable
 
-from syntriever import beir, jsonl, models, parallel, paths, stage
+from syntriever.data import dataset
+from syntriever.data.corpus import Corpus
+from syntriever.encode import models
 from syntriever.errors import BadInput
+from syntriever.files import jsonl, paths
+from syntriever.run import cli, lineage, options, processes, terminal
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = stage.parser(__doc__)
+    parser = cli.parser(__doc__)
     parser.add_argument("model", help=f"X-sft, X-final, {', '.join(models.ALIASES)}, a Hub id or a folder")
     parser.add_argument("dataset", help="BEIR name, pydocs, or a folder datasets/<dataset>/")
     parser.add_argument("--top-k", type=int, help="passages per query (default: 100, with --query 5)")
@@ -32,7 +36,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--recall", type=float, default=0.95, help="share of the exact top that --index has to find (default: %(default)s)"
     )
     parser.add_argument("--seed", type=int, default=42, help="seed of the sample that trains --index (default: %(default)s)")
-    stage.add_encoding_options(parser)
+    options.add_encoding_options(parser)
     args = parser.parse_args(argv)
     if args.top_k is None:
         args.top_k = 5 if args.query else 100
@@ -40,60 +44,61 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(args: argparse.Namespace) -> None:
-    stage.check_positive(args, "max_length", "batch_tokens", "recall")
+    cli.check_positive(args, "max_length", "batch_tokens", "recall")
     if args.recall > 1:
         raise BadInput(f"--recall {args.recall:g} is a share, at most 1")
     ref = models.resolve(args.model, args.dataset, args.name)
     models.check_backend(ref, args.backend)
     if args.index and ref.late:
         raise BadInput("--index: a late-interaction encoder is searched exactly, by MaxSim")
-    beir.ensure(args.dataset)
-    forced = stage.check_fresh(ref.weights, args.force)
-    corpus = beir.Corpus(args.dataset)
+    dataset.ensure(args.dataset)
+    forced = lineage.check_fresh(ref.weights, args.force)
+    corpus = Corpus(args.dataset)
     if not 1 <= args.top_k <= len(corpus):
         raise BadInput(f"--top-k {args.top_k}: {paths.shown(corpus.path)} has {len(corpus)} passages")
     if args.query is not None:
         show(args, ref, corpus)
         return
-    queries, _ = beir.load_split(args.dataset, "train", corpus, args.strict)
-    record = stage.Record(args, forced)
+    queries, _ = dataset.load_split(args.dataset, "train", corpus, args.strict)
+    record = lineage.Record(args, forced)
     record.reads(corpus.path, paths.queries(args.dataset), paths.qrels(args.dataset, "train"), *ref.weights)
-    stage.say(f"read   {len(corpus):,} passages and {len(queries):,} training queries of {args.dataset}")
+    terminal.say(f"read   {len(corpus):,} passages and {len(queries):,} training queries of {args.dataset}")
 
     output = paths.top(ref.name, args.dataset, args.top_k)
-    with jsonl.lock(output):
+    with processes.lock(output):
         found = search(args, ref, corpus, queries)
-        if parallel.rank():
+        if processes.rank():
             return
         with jsonl.atomic(output) as file:
             for query, hits in found:
                 passages = [{"id": passage, "score": round(score, 6)} for passage, score in hits]
                 file.write(jsonl.dumps({"query_id": query, "query": queries[query], "passages": passages}))
         record.write(output, queries=len(queries), model=ref.where)
-    stage.say(f"wrote  {paths.shown(output)}: top {args.top_k} of {len(queries):,} queries")
-    stage.next_command(f"python stage2/parse_comparison.py {args.dataset} --model {ref.name}")
+    terminal.say(f"wrote  {paths.shown(output)}: top {args.top_k} of {len(queries):,} queries")
+    terminal.next_command(f"python stage2/parse_comparison.py {args.dataset} --model {ref.name}")
 
 
 def search(
-    args: argparse.Namespace, ref: models.ModelRef, corpus: beir.Corpus, queries: dict[str, str]
+    args: argparse.Namespace, ref: models.ModelRef, corpus: Corpus, queries: dict[str, str]
 ) -> Iterable[tuple[str, list[tuple[str, float]]]]:
-    device = parallel.start(args.device)
-    from syntriever import encoding, search
+    device = processes.start(args.device)
+    from syntriever.encode import search
+    from syntriever.encode.encoder import Encoder
 
-    encoder = encoding.Encoder(models.load(ref, device, args.max_length), args.backend, args.batch_tokens)
+    encoder = Encoder(models.load(ref, device, args.max_length), args.backend, args.batch_tokens)
     folder = ref.embeddings(args.dataset)
     return search.top_k(encoder, corpus, folder, queries, args.top_k, args.dtype, args.index, args.recall, args.seed)
 
 
-def show(args: argparse.Namespace, ref: models.ModelRef, corpus: beir.Corpus) -> None:
+def show(args: argparse.Namespace, ref: models.ModelRef, corpus: Corpus) -> None:
     """Print the top passages of `--query`."""
     if not args.query.strip():
         raise BadInput("--query is empty")
     for _, hits in search(args, ref, corpus, {"query": args.query}):
         for rank, (passage, score) in enumerate(hits, 1):
             text = textwrap.fill(corpus.by_id(passage), 100, initial_indent="    ", subsequent_indent="    ", max_lines=5)
-            stage.say(f"\n{rank}.  {score:.4f}  {passage}\n{text}")
+            terminal.say(f"\n{rank}.  {score:.4f}  {passage}\n{text}")
 
 
 if __name__ == "__main__":
-    sys.exit(stage.run(main, parse_args))
+    sys.exit(cli.run(main, parse_args))

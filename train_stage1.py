@@ -13,22 +13,27 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from syntriever import beir, checkpoint, jsonl, models, parallel, paths, stage
+from syntriever.data import dataset
+from syntriever.data.corpus import Corpus
+from syntriever.encode import models
 from syntriever.errors import BadInput
+from syntriever.files import jsonl, paths
+from syntriever.run import cli, lineage, options, processes, terminal
+from syntriever.train import checkpoint
+from syntriever.train.candidates import ABSENT, ignored_candidates, known_in_batch, score_candidates, share_of_gold
+from syntriever.train.study_losses import authors_of, cluster_loss
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from syntriever.bank import Bank
-    from syntriever.training import LossFunction, Row
+    from syntriever.train.bank import Bank
+    from syntriever.train.batching import Row
+    from syntriever.train.loop import LossFunction
 
 # ------------------------------------------------------------------- edit here: the losses
 # They take (B, D) embeddings of query, gold passage, positive, cot and negative, a (B,) bool
 # `verified`, and a (B, 3) bool `present` for positive, cot, negative. Scores are cos / temperature;
 # of (B, T, D) token embeddings, mean MaxSim / temperature (`models.similarity`).
-
-# Score of what is absent: exp of it is exactly 0, and unlike -inf it has no NaN gradient.
-ABSENT = -1e4
 
 
 def soft_nearest_neighbor_loss(
@@ -66,57 +71,6 @@ def snn_of(scores: Tensor, own: Tensor) -> Tensor:
 def info_nce_of(scores: Tensor, own: Tensor) -> Tensor:
     """Gold passages alone (the first row of the paper's Table 3)."""
     return (scores[:, 0].logsumexp(1) - own[:, 0]).mean()
-
-
-def authors_of(scores: Tensor, own: Tensor) -> Tensor:
-    """What the authors' code computes, for the record: cross-entropy of the gold passage against all
-    candidates, the row's own cot and positive among the negatives."""
-    return (scores.flatten(1).logsumexp(1) - own[:, 0]).mean()
-
-
-def cluster_loss(
-    query: Tensor,
-    passage: Tensor,
-    positive: Tensor,
-    cot: Tensor,
-    negative: Tensor,
-    verified: Tensor,
-    temperature: float = 0.05,
-    present: Tensor | None = None,
-    ignore: Tensor | None = None,
-    view_weight: float = 0.3,
-) -> Tensor:
-    """Every view of a row is drawn to its gold passage, and the query to every view (not in the paper).
-
-    Per row: the mean over anchors a in {query, cot, positive if verified} of -log softmax of
-    s(a, gold) over {golds, negatives of the batch}, plus `view_weight` times the mean over views v
-    in {cot, positive if verified} of -log softmax of s(query, v) over {texts of v's kind, negatives
-    of the batch}. Arguments as in `score_candidates`.
-    """
-    import torch
-
-    there = torch.ones_like(verified)[:, None].expand(-1, 3).bool() if present is None else present.bool()
-    always, has_positive, has_cot, has_negative = torch.ones_like(there[:, 0]), *there.T
-
-    def cost(anchor: Tensor, target: Tensor, has_target: Tensor, kind: int) -> Tensor:
-        """(B,) of -log softmax of s(anchor_i, target_i) over {targets, negatives}."""
-        scores = models.similarity(anchor, torch.cat([target, negative])) / temperature
-        own = scores.diagonal()
-        scores = scores.masked_fill(~torch.cat([has_target, has_negative]), ABSENT)
-        if ignore is not None:
-            scores = scores.masked_fill(ignore[:, [kind, 3]].flatten(1), ABSENT)
-        return scores.logsumexp(1) - own
-
-    def mean_of(costs: list[Tensor], used: list[Tensor]) -> Tensor:
-        """(B,) mean of the used costs of each row, 0 where none is."""
-        weights = torch.stack(used).to(query.dtype)
-        return (torch.stack(costs) * weights).sum(0) / weights.sum(0).clamp(min=1)
-
-    good_positive = has_positive & verified.bool()
-    to_gold = [cost(anchor, passage, always, 0) for anchor in (query, cot, positive)]
-    to_view = [cost(query, cot, has_cot, 2), cost(query, positive, has_positive, 1)]
-    loss = mean_of(to_gold, [always, has_cot, good_positive]) + view_weight * mean_of(to_view, [has_cot, good_positive])
-    return loss.mean()
 
 
 def corpus_contrast(query: Tensor, candidates: Tensor, gold: Tensor, relevant: Tensor, temperature: float = 0.05) -> Tensor:
@@ -159,58 +113,6 @@ def view_distillation(query: Tensor, candidates: Tensor, views: Tensor, told: Te
     return -(target * scores.log_softmax(1)).sum(1).masked_fill(~told, 0.0).mean()
 
 
-def score_candidates(
-    query: Tensor,
-    passage: Tensor,
-    positive: Tensor,
-    cot: Tensor,
-    negative: Tensor,
-    verified: Tensor,
-    temperature: float = 0.05,
-    present: Tensor | None = None,
-    ignore: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """(B, 4, B) scores of each query with every gold, positive, cot and negative of the batch, and
-    (B, 4) scores with its own; `ABSENT` where a text is missing or, in the latter, no positive.
-
-    `ignore`: (B, 4, B) bool, candidates that are not one for that row (`ignored_candidates`).
-    """
-    import torch
-
-    scores = models.similarity(query, torch.cat([passage, positive, cot, negative])) / temperature  # (B, 4B)
-    scores = scores.view(len(query), 4, len(query))
-    if present is not None:
-        there = torch.cat([torch.ones_like(verified)[:, None].bool(), present.bool()], dim=1)  # (B, 4)
-        scores = scores.masked_fill(~there.T, ABSENT)
-    own = scores.diagonal(dim1=0, dim2=2).T  # (B, 4)
-    if ignore is not None:
-        scores = scores.masked_fill(ignore, ABSENT)
-    always = torch.ones_like(verified).bool()
-    is_positive = torch.stack([always, verified.bool(), always, ~always], dim=1)
-    return scores, own.masked_fill(~is_positive, ABSENT)
-
-
-def ignored_candidates(places: Tensor, known: Tensor) -> Tensor:
-    """(B, 4, B) bool: which candidates a row leaves out, so that each text counts once and no known
-    relevant passage serves as a negative.
-
-    Args:
-        places: (B, 4) int, which text of the batch each passage, positive, cot and negative is.
-        known: (B, B) bool, [i, j] where the gold passage of row j is known to be relevant to query i.
-    """
-    import torch
-
-    rows, flat = len(places), places.T.flatten()  # candidate k * B + j is text k of row j
-    mine = torch.eye(rows, dtype=torch.bool, device=places.device).repeat(1, 4)  # (B, 4B)
-    # For its own texts a row keeps its own column, for any other text the first column that has it.
-    own_text = (flat[None, :, None] == places[:, None, :]).any(2)
-    texts, which = flat.unique(return_inverse=True)
-    first = torch.full_like(texts, len(flat)).scatter_reduce(0, which, torch.arange(len(flat), device=flat.device), "amin")
-    again = first[which] != torch.arange(len(flat), device=flat.device)
-    passages = torch.cat([known, torch.zeros(rows, 3 * rows, dtype=torch.bool, device=known.device)], dim=1)
-    return (~mine & (own_text | again | passages)).view(rows, 4, rows)
-
-
 LOSSES = {"snn": snn_of, "infonce": info_nce_of, "authors": authors_of, "cluster": None, "distill": None}
 
 # -----------------------------------------------------------------------------------------------
@@ -229,7 +131,7 @@ SYNTHETIC = {"cot": str, "positive": str, "negative": str, "verified": bool}
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = stage.parser(__doc__)
+    parser = cli.parser(__doc__)
     parser.add_argument("model", help=f"{', '.join(models.ALIASES)}, a Hub id or a folder")
     parser.add_argument("dataset", help="BEIR name, pydocs, or a folder datasets/<dataset>/")
     parser.add_argument(
@@ -262,8 +164,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--no-negative", action="store_true", help="ablation: leave out the written irrelevant passages")
     parser.add_argument("--no-synthetic", action="store_true", help="ablation: leave out all synthetic text")
     parser.add_argument("--no-relabel", action="store_true", help="ablation: trust every positive, verified or not")
-    stage.add_training_options(parser, epochs=3, batch_size=32, lr=1e-4)
-    return stage.parse(parser, argv, **PAPER)
+    options.add_training_options(parser, epochs=3, batch_size=32, lr=1e-4)
+    return cli.parse(parser, argv, **PAPER)
 
 
 def make_loss(args: argparse.Namespace, relevant: Sequence[set[int]], bank: Bank | None = None) -> LossFunction:
@@ -274,26 +176,16 @@ def make_loss(args: argparse.Namespace, relevant: Sequence[set[int]], bank: Bank
     """
     import torch
 
-    from syntriever import training
-
-    def relevant_in_batch(labels: Tensor) -> Tensor:
-        """(B, B) bool: passages of the batch that are relevant to the query of a row."""
-        found = torch.zeros(len(labels), len(labels), dtype=torch.bool)
-        columns: dict[int, list[int]] = {}
-        for column, position in enumerate(labels[:, 7].tolist()):
-            columns.setdefault(position, []).append(column)
-        for row, query in enumerate(labels[:, 6].tolist()):
-            found[row, [column for position in relevant[query] for column in columns.get(position, ())]] = True
-        return found.to(labels.device)
+    from syntriever.train import loop
 
     def loss(embeddings: Tensor, labels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         places, verified = labels[:, :5], labels[:, 5].bool()
         texts = query, passage, *_ = embeddings[places.clamp(min=0)].unbind(1)
-        ignore = None if args.no_mask_known_positives else ignored_candidates(places[:, 1:], relevant_in_batch(labels))
+        ignore = None if args.no_mask_known_positives else ignored_candidates(places[:, 1:], known_in_batch(labels, relevant))
         given = verified, args.temperature, places[:, 2:] >= 0, ignore
         scores, own = score_candidates(*texts, *given)
         hits = scores[:, 0].argmax(1) == torch.arange(len(labels), device=scores.device)
-        parts = {"gold_accuracy": hits.float().mean(), **training.spread(embeddings, query, passage)}
+        parts = {"gold_accuracy": hits.float().mean(), **loop.spread(embeddings, query, passage)}
         # Its value is there after the backward pass, and no step is logged before that.
         embeddings.register_hook(lambda gradient: parts.update(gold_share=share_of_gold(gradient, places)))
         if args.loss == "snn":
@@ -312,20 +204,7 @@ def make_loss(args: argparse.Namespace, relevant: Sequence[set[int]], bank: Bank
     return loss
 
 
-def share_of_gold(gradient: Tensor, places: Tensor) -> Tensor:
-    """Of the gradient that reaches passages and written texts, the share that reaches gold passages:
-    of the sum of the norms of the rows of `gradient`, (texts, D) or (texts, tokens, D).
-
-    Args:
-        places: (B, 5) int, as in `make_loss`; a passage that is also a written text counts as gold.
-    """
-    norms = gradient.flatten(1).norm(dim=1)
-    gold, written = places[:, 1].unique(), places[:, 2:][places[:, 2:] >= 0].unique()
-    others = written[(written[:, None] != gold).all(1)]
-    return norms[gold].sum() / (norms[gold].sum() + norms[others].sum()).clamp(min=1e-30)
-
-
-def training_rows(qrels: beir.Qrels, corpus: beir.Corpus) -> list[tuple[str, int]]:
+def training_rows(qrels: dataset.Qrels, corpus: Corpus) -> list[tuple[str, int]]:
     """(query id, position of a relevant passage) of every judgement of at least 1."""
     found = ((query, grade, corpus.position(passage)) for query, judged in qrels.items() for passage, grade in judged.items())
     return [(query, position) for query, grade, position in found if grade >= 1 and position is not None]
@@ -341,32 +220,32 @@ def synthetic_texts(row: jsonl.Row | None, args: argparse.Namespace) -> tuple[li
 
 
 def main(args: argparse.Namespace) -> None:
-    stage.check_training_options(args)
-    stage.check_positive(args, "candidates")
+    options.check_training_options(args)
+    cli.check_positive(args, "candidates")
     ref = models.resolve(args.model, args.dataset, args.name)
     args.loss = args.loss or ("cluster" if ref.late else "distill")
     if args.view_weight is None:
         args.view_weight = VIEW_WEIGHT.get(args.loss)
     if ref.late and args.loss == "distill":
         raise BadInput("--loss distill needs one vector a text; a late-interaction encoder trains with --loss snn or cluster")
-    beir.ensure(args.dataset, fetch=False)
+    dataset.ensure(args.dataset, fetch=False)
     source = paths.synthetic(args.dataset)
     used = not (args.no_synthetic or args.loss == "infonce")
     remedy = f"Run: python datasets/parse_synthetic.py {args.dataset}   (or pass --no-synthetic)"
     if used and not source.is_file():
         raise BadInput(f"{paths.shown(source)} is not there. {remedy}")
-    beir.ensure(args.dataset)
+    dataset.ensure(args.dataset)
     output = paths.model_output(f"{ref.name}-sft-{args.dataset}")
-    with jsonl.lock(output):
+    with processes.lock(output):
         train(args, ref, source if used else None, output)
-    stage.next_command(f"python retrieval.py {ref.name}-sft {args.dataset}")
+    terminal.next_command(f"python retrieval.py {ref.name}-sft {args.dataset}")
 
 
 def train(args: argparse.Namespace, ref: models.ModelRef, source: Path | None, output: Path) -> None:
     """Train `ref` on the dataset and the synthetic texts of `source` (None: gold passages alone)."""
-    record = stage.Record(args, stage.check_fresh([source] if source else [], args.force))
-    corpus = beir.Corpus(args.dataset)
-    queries, qrels = beir.load_split(args.dataset, "train", corpus, args.strict)
+    record = lineage.Record(args, lineage.check_fresh([source] if source else [], args.force))
+    corpus = Corpus(args.dataset)
+    queries, qrels = dataset.load_split(args.dataset, "train", corpus, args.strict)
     rows = training_rows(qrels, corpus)
     if not rows:
         raise BadInput(f"{paths.shown(paths.qrels(args.dataset, 'train'))}: no judgement of at least 1 to train on")
@@ -375,15 +254,15 @@ def train(args: argparse.Namespace, ref: models.ModelRef, source: Path | None, o
         raise BadInput(
             f"{paths.shown(source)} is empty. Run: python datasets/parse_synthetic.py {args.dataset}   (or --no-synthetic)"
         )
-    record.reads(*beir.files(args.dataset, "train", "dev"), *([source] if source else []), *ref.weights)
+    record.reads(*dataset.files(args.dataset, "train", "dev"), *([source] if source else []), *ref.weights)
     complete = sum(query in synthetic for query, _ in rows) if synthetic else 0
-    stage.say(
+    terminal.say(
         f"read   {len(rows)} training rows of {args.dataset}, {complete} of them with synthetic texts beside the gold passage"
     )
 
     resume = checkpoint.find(output, record, args)
-    device = parallel.start(args.device)
-    from syntriever import bank, journal, training
+    device = processes.start(args.device)
+    from syntriever.train import bank, batching, journal, loop, reference
 
     model = models.load(ref, device)
     names = [query for query, _ in rows]
@@ -403,7 +282,7 @@ def train(args: argparse.Namespace, ref: models.ModelRef, source: Path | None, o
 
     def batches(epoch: int) -> list[list[int]]:
         together = 1 if args.no_mask_known_positives else GOLDS_TOGETHER
-        return training.deal(names, args.batch_size, args.seed, epoch, together)
+        return batching.deal(names, args.batch_size, args.seed, epoch, together)
 
     dev = journal.dev_score(args.dataset, corpus, args)
     title = f"{ref.name}-sft-{args.dataset}: stage 1, --loss {args.loss}"
@@ -412,14 +291,14 @@ def train(args: argparse.Namespace, ref: models.ModelRef, source: Path | None, o
         (positive, cot, _), verified = written(query)
         return [text for text, used in ((cot, True), (positive, verified)) if used and text is not None]
 
-    with training.reference(output) as folder:
+    with reference.folder(output) as folder:
         looks_at = None
         if args.loss == "distill":  # the model is still the one that training starts from
             asked, base = [(queries[query], views(query)) for query in numbers], ref.embeddings(args.dataset)
             looks_at = bank.build(model, corpus, base, folder, asked, relevant, args.candidates, args.max_length)
         loss = make_loss(args, relevant, looks_at)
-        training.train(model, loss, sample, batches, names, dev, args, output, record, resume, title)
+        loop.train(model, loss, sample, batches, names, dev, args, output, record, resume, title)
 
 
 if __name__ == "__main__":
-    sys.exit(stage.run(main, parse_args))
+    sys.exit(cli.run(main, parse_args))

@@ -14,13 +14,19 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from syntriever import beir, checkpoint, jsonl, models, parallel, paths, stage
+from syntriever.data import dataset
+from syntriever.data.corpus import Corpus
+from syntriever.encode import models
 from syntriever.errors import BadInput
+from syntriever.files import jsonl, paths
+from syntriever.run import cli, lineage, options, processes, terminal
+from syntriever.train import checkpoint
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from syntriever.training import LossFunction, Row
+    from syntriever.train.batching import Row
+    from syntriever.train.loop import LossFunction
 
 # ------------------------------------------------------------------- edit here: the losses
 
@@ -104,7 +110,7 @@ PAPER = {"loss": "partial-plackett-luce", "beta": 0.1, "batching": "pairs", "bat
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = stage.parser(__doc__)
+    parser = cli.parser(__doc__)
     parser.add_argument("model", help="a stage-1 checkpoint of this project, e.g. e5-sft")
     parser.add_argument("dataset", help="BEIR name, pydocs, or a folder datasets/<dataset>/")
     parser.add_argument("--loss", choices=tuple(LOSSES), default="bradley-terry", help="preference loss (default: %(default)s)")
@@ -121,8 +127,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--preferences", type=Path, help="preferences to train on (default: stage2/<model>_<dataset>_preferences.jsonl)"
     )
-    stage.add_training_options(parser, epochs=1, batch_size=32, lr=2e-5)
-    return stage.parse(parser, argv, **PAPER)
+    options.add_training_options(parser, epochs=1, batch_size=32, lr=2e-5)
+    return cli.parse(parser, argv, **PAPER)
 
 
 def make_loss(args: argparse.Namespace, reference: tuple[Tensor, Tensor] | None) -> LossFunction:
@@ -130,7 +136,7 @@ def make_loss(args: argparse.Namespace, reference: tuple[Tensor, Tensor] | None)
     the texts, and their rows among the `reference` embeddings of queries and passages (None: no KL)."""
     import torch
 
-    from syntriever import training
+    from syntriever.train import loop, reference
 
     def loss(embeddings: Tensor, labels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         rows = torch.arange(len(labels), device=labels.device)
@@ -144,7 +150,7 @@ def make_loss(args: argparse.Namespace, reference: tuple[Tensor, Tensor] | None)
         scores = models.similarity(query, passage) / args.temperature
         preference = LOSSES[args.loss](scores, pairs)
         parts = {"preference": preference, "preference_accuracy": (margins(scores, pairs) > 0).float().mean()}
-        parts |= training.spread(embeddings, query[pairs[:, 0]], passage[pairs[:, 1]])
+        parts |= loop.spread(embeddings, query[pairs[:, 0]], passage[pairs[:, 1]])
         if reference is None:
             return preference, parts
         known = (ref[at[:, 1].cpu()].to(query.device) for ref, at in zip(reference, (queries, candidates), strict=True))
@@ -154,7 +160,7 @@ def make_loss(args: argparse.Namespace, reference: tuple[Tensor, Tensor] | None)
     return loss
 
 
-def load_pairs(ds: str, source: Path, queries: dict[str, str], corpus: beir.Corpus) -> list[tuple[str, int, int]]:
+def load_pairs(ds: str, source: Path, queries: dict[str, str], corpus: Corpus) -> list[tuple[str, int, int]]:
     """(query id, position of the preferred, position of the rejected passage) of every preference, in
     an order that does not depend on that of the file: verdicts arrive in any."""
     pairs = []
@@ -172,7 +178,7 @@ def load_pairs(ds: str, source: Path, queries: dict[str, str], corpus: beir.Corp
 
 
 def main(args: argparse.Namespace) -> None:
-    stage.check_training_options(args)
+    options.check_training_options(args)
     if args.beta < 0:
         raise BadInput(f"--beta must not be negative, got {args.beta}")
     ref = models.resolve(args.model, args.dataset, args.name)
@@ -183,42 +189,42 @@ def main(args: argparse.Namespace) -> None:
         raise BadInput(
             f"{paths.shown(source)} is not there. Run: python stage2/parse_comparison.py {args.dataset} --model {ref.name}"
         )
-    beir.ensure(args.dataset)
+    dataset.ensure(args.dataset)
     final = f"{ref.name.removesuffix('-sft')}-final"
     output = paths.model_output(f"{final}-{args.dataset}")
-    with jsonl.lock(output):
+    with processes.lock(output):
         train(args, ref, source, output)
     before = [args.model.removesuffix("-sft"), args.model] if models.is_own(args.model) else [ref.name]
-    stage.next_command(f"python evaluate.py bm25 {' '.join(before)} {final} {args.dataset}")
+    terminal.next_command(f"python evaluate.py bm25 {' '.join(before)} {final} {args.dataset}")
 
 
 def train(args: argparse.Namespace, ref: models.ModelRef, source: Path, output: Path) -> None:
     """Train `ref` on the preferences of `source`."""
-    record = stage.Record(args, stage.check_fresh([source, *ref.weights], args.force))
-    corpus = beir.Corpus(args.dataset)
-    queries, _ = beir.load_split(args.dataset, "train", corpus, args.strict)
+    record = lineage.Record(args, lineage.check_fresh([source, *ref.weights], args.force))
+    corpus = Corpus(args.dataset)
+    queries, _ = dataset.load_split(args.dataset, "train", corpus, args.strict)
     pairs = load_pairs(args.dataset, source, queries, corpus)
-    record.reads(*beir.files(args.dataset, "train", "dev"), source, *ref.weights)
+    record.reads(*dataset.files(args.dataset, "train", "dev"), source, *ref.weights)
     names = [query for query, _, _ in pairs]
     query_ids = list(dict.fromkeys(names))
     positions = list(dict.fromkeys(position for _, *both in pairs for position in both))
-    stage.say(
+    terminal.say(
         f"read   {len(pairs):,} preferences for {len(query_ids):,} queries, over {len(positions):,} passages of {args.dataset}"
     )
 
     resume = checkpoint.find(output, record, args)
-    device = parallel.start(args.device)
-    from syntriever import journal, training
+    device = processes.start(args.device)
+    from syntriever.train import batching, journal, loop, reference
 
     model = models.load(ref, device)
-    with training.reference(output) as folder:
+    with reference.folder(output) as folder:
         reference = None
         if args.beta:
             # The model is still the stage-1 model here: its embeddings are all the KL term needs of it.
             known, texts = (queries[query] for query in query_ids), map(corpus.text, positions)
             reference = (
-                training.embed(model, known, len(query_ids), "query", args.max_length, folder / "queries.npy"),
-                training.embed(model, texts, len(positions), "document", args.max_length, folder / "passages.npy"),
+                reference.embed(model, known, len(query_ids), "query", args.max_length, folder / "queries.npy"),
+                reference.embed(model, texts, len(positions), "document", args.max_length, folder / "passages.npy"),
             )
         query_row, passage_row = ({key: row for row, key in enumerate(keys)} for keys in (query_ids, positions))
 
@@ -229,13 +235,13 @@ def train(args: argparse.Namespace, ref: models.ModelRef, source: Path, output: 
 
         def batches(epoch: int) -> list[list[int]]:
             together = 1 if args.batching == "pairs" else len(pairs)
-            return training.deal(names, args.batch_size, args.seed, epoch, together)
+            return batching.deal(names, args.batch_size, args.seed, epoch, together)
 
         dev = journal.dev_score(args.dataset, corpus, args)
         title = f"{output.name}: stage 2, --loss {args.loss}, --beta {args.beta:g}"
         loss = make_loss(args, reference)
-        training.train(model, loss, sample, batches, names, dev, args, output, record, resume, title)
+        loop.train(model, loss, sample, batches, names, dev, args, output, record, resume, title)
 
 
 if __name__ == "__main__":
-    sys.exit(stage.run(main, parse_args))
+    sys.exit(cli.run(main, parse_args))

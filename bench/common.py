@@ -28,10 +28,10 @@ def pydocs() -> list[tuple[str, str, str]]:
 def machine() -> dict[str, Any]:
     import torch
 
-    from syntriever import stage
+    from syntriever.run import lineage
 
     name = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} CPU cores"
-    return {"device": name, "threads": torch.get_num_threads(), "versions": stage.versions()}
+    return {"device": name, "threads": torch.get_num_threads(), "versions": lineage.versions()}
 
 
 def run(

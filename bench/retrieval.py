@@ -28,7 +28,9 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.append(str(ROOT))
 import common
 
-from syntriever import encoding, metrics, search
+from syntriever.encode import search, shards
+from syntriever.encode.encoder import Encoder
+from syntriever.report import metrics
 
 LENGTH, ROUNDS, BATCH_SIZES = 256, 3, (8, 16, 32, 64)
 DIM, QUERIES, TOP = 384, 1_000, 100
@@ -44,7 +46,7 @@ def encode(folder: Path) -> dict[str, Any]:
     """Passages a second; how near the vectors are to the library's, and what they are worth."""
     import torch
 
-    from syntriever import models
+    from syntriever.encode import models
 
     pairs = common.pydocs()
     passages, questions = [passage for _, _, passage in pairs], [query for _, query, _ in pairs][::4]
@@ -60,7 +62,7 @@ def encode(folder: Path) -> dict[str, Any]:
     library(passages[:64], 32)
     best = min(sizes, key=lambda size: timed(lambda: library(passages[::3], size))[0])
     backends = ("torch", "compile") if cuda else ("torch", "onnx", "onnx-int8")
-    ours = {backend: encoding.Encoder(model, backend) for backend in backends}
+    ours = {backend: Encoder(model, backend) for backend in backends}
     runs: dict[str, Callable[[], Any]] = {"sentence-transformers": lambda: library(passages, best)}
     runs |= {backend: lambda encoder=encoder: encoder(passages, "document") for backend, encoder in ours.items()}  # type: ignore[misc]
     seconds: dict[str, list[float]] = {name: [] for name in runs}
@@ -96,12 +98,12 @@ def encode(folder: Path) -> dict[str, Any]:
     return found | {"ratio": max(found[backend]["ratio"] for backend in backends[:2])}
 
 
-def shards(folder: Path, count: int) -> encoding.Embeddings:
+def random_shards(folder: Path, count: int) -> shards.Embeddings:
     """Random unit vectors, each shard of its own seed."""
-    made = encoding.Embeddings(folder / str(count), count, DIM, "float32", late=False)
+    made = shards.Embeddings(folder / str(count), count, DIM, "float32", late=False)
     made.folder.mkdir(exist_ok=True)
     for start in made.starts:
-        rows = np.random.default_rng(start).standard_normal((min(encoding.SHARD, count - start), DIM), np.float32)
+        rows = np.random.default_rng(start).standard_normal((min(shards.SHARD, count - start), DIM), np.float32)
         np.save(made.path(start), rows / np.linalg.norm(rows, axis=1, keepdims=True))
     return made
 
@@ -117,7 +119,7 @@ def find(folder: Path, count: int) -> dict[str, Any]:
     import faiss  # noqa: F401
     import tqdm  # noqa: F401
 
-    embeddings = encoding.Embeddings(folder / str(count), count, DIM, "float32", late=False)
+    embeddings = shards.Embeddings(folder / str(count), count, DIM, "float32", late=False)
     queries = some_queries()
     spent, (scores, positions) = timed(lambda: search.exact(embeddings, queries, TOP))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
@@ -128,7 +130,7 @@ def find_with_beir(folder: Path, count: int, chunk: int) -> dict[str, Any]:
     import torch
     from beir.retrieval.search.dense import DenseRetrievalExactSearch
 
-    embeddings = encoding.Embeddings(folder / str(count), count, DIM, "float32", late=False)
+    embeddings = shards.Embeddings(folder / str(count), count, DIM, "float32", late=False)
     vectors, queries = map(torch.from_numpy, (embeddings.block(embeddings.starts), some_queries()))
 
     class Given:
@@ -156,7 +158,7 @@ def child(*argv: Any) -> Any:
 
 def search_(folder: Path) -> dict[str, Any]:
     """Top 100 of 1,000 queries over 100,000 vectors."""
-    shards(folder, 100_000)
+    random_shards(folder, 100_000)
     ours, theirs = [], []
     for _ in range(ROUNDS):
         mine = child("find", folder, 100_000)
@@ -174,7 +176,7 @@ def memory(folder: Path) -> dict[str, Any]:
     """Peak memory of the search over 100,000 and over 1,000,000 vectors (1.5 GB on disk)."""
     found = {}
     for count in (100_000, 1_000_000):
-        shards(folder, count)
+        random_shards(folder, count)
         run = child("find", folder, count)
         found |= {f"mib_of_{count}": run["peak_mib"], f"seconds_of_{count}": run["seconds"]}
         print(f"memory: {count:,} vectors searched in {run['seconds']:.1f} s, peak {run['peak_mib']:.0f} MiB", flush=True)

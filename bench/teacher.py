@@ -40,20 +40,21 @@ def prompt(n: int) -> str:
 
 def syntriever(url: str, requests: int, workers: int, folder: Path) -> None:
     """What a stage does: estimate, ask through the ledger, append rows."""
-    from syntriever import llm, teachers
-    from syntriever.ledger import Request
-    from syntriever.openai_teacher import OpenAITeacher
+    from syntriever.llm import asking, teachers
+    from syntriever.llm.ledger import Request
+    from syntriever.llm.rows import append_rows
+    from syntriever.llm.server import OpenAITeacher
 
     parser = argparse.ArgumentParser()
     teachers.add_options(parser, 16)
     args = parser.parse_args([])
 
-    async def work(asker: llm.Asker, n: int) -> dict:
+    async def work(asker: asking.Asker, n: int) -> dict:
         reply = await asker.ask(Request("write", (str(n),), prompt(n), 0.7, 64))
         return {"n": n, "text": reply.text} | ({"reason": reply.reason} if reply.reason else {})
 
     teacher = OpenAITeacher(MODEL, url, workers, attempts=6, timeout=120)
-    counts, _ = llm.append_rows(
+    counts, _ = append_rows(
         folder / "rows.jsonl", folder / "rows.ledger.jsonl", range(requests), requests, work, teacher, args, "row"
     )
     assert counts["written"] == requests, counts
@@ -99,7 +100,7 @@ CLIENTS = {client.__name__: client for client in (syntriever, loop, curator)}
 
 
 def child(name: str, url: str, requests: int, workers: int, folder: Path) -> None:
-    for module in {"syntriever": ("openai", "syntriever.teachers"), "loop": ("openai",), "curator": ("datasets",)}[name]:
+    for module in {"syntriever": ("openai", "syntriever.llm.teachers"), "loop": ("openai",), "curator": ("datasets",)}[name]:
         __import__(module)
     started, cpu = time.monotonic(), time.process_time()
     CLIENTS[name](url, requests, workers, folder)
@@ -215,7 +216,7 @@ def restart(args: argparse.Namespace) -> list[dict]:
     """Time and memory to open a ledger of a million replies of about 100 words."""
     print("\n## Restart on a ledger of 1,000,000 replies\n")
     code = (
-        "import json, resource, sys, time; from pathlib import Path; from syntriever.ledger import Ledger\n"
+        "import json, resource, sys, time; from pathlib import Path; from syntriever.llm.ledger import Ledger\n"
         "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss; start = time.monotonic()\n"
         "ledger = Ledger(Path(sys.argv[1])); seconds = time.monotonic() - start\n"
         "assert ledger.get(f'{999_999:032x}', 1)\n"

@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.append(str(ROOT))
 import common
 
-from syntriever import jsonl
+from syntriever.files import jsonl
 
 RECORDED = ROOT / "datasets" / "recorded" / "pydocs"
 BATCH, LENGTH, STEPS = 32, 256, 6
@@ -105,7 +105,7 @@ def sentence_transformers(home: Path, steps: int) -> None:
 
     sys.argv[1:] = []
     import train_stage1
-    from syntriever import models
+    from syntriever.encode import models
 
     torch.set_flush_denormal(True)
     folder = home / "datasets" / "small"
@@ -167,7 +167,7 @@ def step(home: Path) -> dict[str, Any]:
 
 def flop_of_a_step(home: Path) -> float:
     """6 per parameter of the encoder's layers and token that is no padding."""
-    from syntriever import models
+    from syntriever.encode import models
 
     model: Any = models.load(models.resolve("minilm", "small"), "cpu", LENGTH)
     corpus = {row["_id"]: row["text"] for row in jsonl.read(home / "datasets" / "small" / "corpus.jsonl")}

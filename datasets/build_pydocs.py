@@ -22,7 +22,8 @@ from pathlib import Path
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
-from syntriever import jsonl, paths, stage
+from syntriever.files import jsonl, paths
+from syntriever.run import cli, lineage, processes, terminal
 
 SKIPPED_PARTS = {"test", "tests", "idlelib", "lib2to3", "site-packages", "turtledemo", "_vendor", "__pycache__"}
 QUERY_WORDS = range(5, 41)
@@ -33,7 +34,7 @@ DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    return stage.parser(__doc__).parse_args(argv)
+    return cli.parser(__doc__).parse_args(argv)
 
 
 def docstrings(node: ast.Module | ast.stmt, name: str) -> Iterator[tuple[str, str]]:
@@ -50,9 +51,7 @@ def docstrings(node: ast.Module | ast.stmt, name: str) -> Iterator[tuple[str, st
 def pairs(stdlib: Path) -> Iterator[tuple[str, str, str]]:
     """(id, query, passage) of every docstring long enough to be split; the first of a query wins."""
     seen = set()
-    from tqdm import tqdm
-
-    for path in tqdm(sorted(stdlib.rglob("*.py")), desc="parse", unit="file"):
+    for path in terminal.progress(sorted(stdlib.rglob("*.py")), desc="parse", unit="file"):
         parts = path.relative_to(stdlib).with_suffix("").parts
         if any(part in SKIPPED_PARTS or part.startswith("test_") for part in path.relative_to(stdlib).parts):
             continue
@@ -76,11 +75,11 @@ def split_of(passage_id: str) -> str:
 
 
 def main(args: argparse.Namespace) -> None:
-    record = stage.Record(args)
+    record = lineage.Record(args)
     target = paths.dataset("pydocs")
     target.parent.mkdir(parents=True, exist_ok=True)
     counts = {"train": 0, "dev": 0, "test": 0}
-    with jsonl.lock(target), tempfile.TemporaryDirectory(dir=target.parent, prefix=".pydocs.") as folder:
+    with processes.lock(target), tempfile.TemporaryDirectory(dir=target.parent, prefix=".pydocs.") as folder:
         new = Path(folder) / "pydocs"
         (new / "qrels").mkdir(parents=True)
         qrels = {split: (new / "qrels" / f"{split}.tsv").open("w", encoding="utf-8") for split in counts}
@@ -100,11 +99,11 @@ def main(args: argparse.Namespace) -> None:
             target.rename(Path(folder) / "old")
         new.rename(target)
     total = ", ".join(f"{n} {split}" for split, n in counts.items())
-    stage.say(
+    terminal.say(
         f"wrote  {paths.shown(target)}: {sum(counts.values())} query-passage pairs ({total}), Python {sys.version.split()[0]}"
     )
-    stage.next_command("python datasets/parse_synthetic.py pydocs")
+    terminal.next_command("python datasets/parse_synthetic.py pydocs")
 
 
 if __name__ == "__main__":
-    sys.exit(stage.run(main, parse_args))
+    sys.exit(cli.run(main, parse_args))

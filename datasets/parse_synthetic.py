@@ -20,9 +20,13 @@ from typing import Any
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
-from syntriever import beir, jsonl, llm, paths, stage, teachers
+from syntriever.data import dataset
 from syntriever.errors import BadInput
-from syntriever.ledger import Request
+from syntriever.files import jsonl, paths
+from syntriever.llm import asking, teachers
+from syntriever.llm.ledger import Request
+from syntriever.llm.rows import append_rows, check_failures
+from syntriever.run import cli, lineage, processes, terminal
 
 # ---------------------------------------------------------------- edit here: prompts and sampling
 
@@ -59,7 +63,7 @@ GENERATED = ("cot", "positive", "negative")
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = stage.parser(__doc__)
+    parser = cli.parser(__doc__)
     parser.add_argument("dataset", help="BEIR name, pydocs, or a folder datasets/<dataset>/")
     parser.add_argument("--limit", type=int, help="only the first N queries of a seeded shuffle (default: all)")
     parser.add_argument("--prompts", type=Path, help="JSON file {step: prompt} that replaces any of the prompts in this script")
@@ -91,15 +95,15 @@ def load_prompts(path: Path | None) -> dict[str, str]:
 
 
 async def synthesize(
-    asker: llm.Asker, query: str, prompts: dict[str, str], max_tokens: int, verdict_max_tokens: int
+    asker: asking.Asker, query: str, prompts: dict[str, str], max_tokens: int, verdict_max_tokens: int
 ) -> dict[str, Any]:
     """The synthetic fields of one row, or {"step", "reason", "attempts"} of the reply that failed."""
     requests = [
-        Request(step, (query,), llm.fill(prompts[step], query=query), GENERATION_TEMPERATURE, max_tokens) for step in GENERATED
+        Request(step, (query,), asking.fill(prompts[step], query=query), GENERATION_TEMPERATURE, max_tokens) for step in GENERATED
     ]
     replies = dict(zip(GENERATED, await asker.ask_all(requests), strict=True))
     if not any(reply.reason for reply in replies.values()):
-        prompt = llm.fill(prompts["verify"], query=query, positive=replies["positive"].text)
+        prompt = asking.fill(prompts["verify"], query=query, positive=replies["positive"].text)
         verify = Request("verify", (query,), prompt, VERDICT_TEMPERATURE, verdict_max_tokens, ("yes", "no"))
         replies["verify"] = await asker.ask_verdict(verify)
     for step, reply in replies.items():
@@ -119,7 +123,7 @@ def main(args: argparse.Namespace) -> None:
     if args.limit is not None and args.limit < 1:
         raise BadInput("--limit must be at least 1")
     prompts = load_prompts(args.prompts)
-    queries, qrels = beir.load_split(args.dataset, "train", strict=args.strict)
+    queries, qrels = dataset.load_split(args.dataset, "train", strict=args.strict)
     wanted = [query_id for query_id, judged in qrels.items() if max(judged.values()) >= 1]
     random.Random(args.seed).shuffle(wanted)
     wanted = wanted[: args.limit]
@@ -127,35 +131,37 @@ def main(args: argparse.Namespace) -> None:
     output, ledger = paths.synthetic(args.dataset), args.ledger or paths.synthesis_ledger(args.dataset)
     teacher = teachers.make_teacher(args.llm, args.dataset, output, args)
     settings: dict[str, Any] = {"llm": args.llm, "temperatures": [GENERATION_TEMPERATURE, VERDICT_TEMPERATURE]}
-    settings |= {f"prompt of {step}": stage.text_sha256(prompt)[:12] for step, prompt in prompts.items()}
+    settings |= {f"prompt of {step}": lineage.text_sha256(prompt)[:12] for step, prompt in prompts.items()}
 
-    async def work(asker: llm.Asker, query_id: str) -> jsonl.Row:
+    async def work(asker: asking.Asker, query_id: str) -> jsonl.Row:
         row = await synthesize(asker, queries[query_id], prompts, args.max_tokens, args.verdict_max_tokens)
         return {"query_id": query_id, "query": queries[query_id], **row, "llm": args.llm}
 
-    with jsonl.lock(output, args.dry_run), jsonl.lock(ledger, args.dry_run):
-        record = stage.Record(args)
+    with processes.lock(output, args.dry_run), processes.lock(ledger, args.dry_run):
+        record = lineage.Record(args)
         record.reads(paths.queries(args.dataset), paths.qrels(args.dataset, "train"))
         done = jsonl.Seen()
         if record.resumes(output, settings, args.force, args.dry_run):
             rows = jsonl.read(output, {"query_id": str, "verified": bool}, torn=args.dry_run)
             done = jsonl.Seen(row["query_id"] for row in rows)
         pending = [query_id for query_id in wanted if query_id not in done]
-        stage.say(
+        terminal.say(
             f"read   {len(wanted)} training queries of {args.dataset}: {len(wanted) - len(pending)} done, {len(pending)} to ask"
         )
-        counts, used = llm.append_rows(output, ledger, pending, len(pending), work, teacher, args, unit="query")
+        counts, used = append_rows(output, ledger, pending, len(pending), work, teacher, args, unit="query")
         if args.dry_run:
             return
         rejected = sum(not row["verified"] for row in jsonl.read(output, {"verified": bool}))
         total, where = len(done) + counts["written"], paths.shown(output)
-        stage.say(f"wrote  {where}: {counts['written']} new rows of {total}; {rejected} positives rejected by the LLM itself")
+        terminal.say(f"wrote  {where}: {counts['written']} new rows of {total}; {rejected} positives rejected by the LLM itself")
         if counts["not_recorded"]:
-            stage.say(f"       {counts['not_recorded']} queries have no recorded answer: their gold passage alone trains stage 1")
-        llm.check_failures(counts, len(done), output, args.max_failure_rate)
+            terminal.say(
+                f"       {counts['not_recorded']} queries have no recorded answer: their gold passage alone trains stage 1"
+            )
+        check_failures(counts, len(done), output, args.max_failure_rate)
         record.write(output, **counts, **used)
-    stage.next_command(f"python train_stage1.py {'minilm' if args.dataset == 'pydocs' else 'e5'} {args.dataset}")
+    terminal.next_command(f"python train_stage1.py {'minilm' if args.dataset == 'pydocs' else 'e5'} {args.dataset}")
 
 
 if __name__ == "__main__":
-    sys.exit(stage.run(main, parse_args))
+    sys.exit(cli.run(main, parse_args))

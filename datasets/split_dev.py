@@ -17,12 +17,14 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from syntriever import beir, jsonl, paths, stage
+from syntriever.data import dataset
 from syntriever.errors import BadInput
+from syntriever.files import jsonl, paths
+from syntriever.run import cli, terminal
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = stage.parser(__doc__)
+    parser = cli.parser(__doc__)
     parser.add_argument("dataset", help="BEIR name, or a folder datasets/<dataset>/")
     parser.add_argument("--share", type=float, default=0.2, help="share of the training queries (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=42, help="which queries (default: %(default)s)")
@@ -32,11 +34,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def main(args: argparse.Namespace) -> None:
     if not 0 < args.share < 1:
         raise BadInput(f"--share {args.share:g} is a share between 0 and 1")
-    beir.ensure(args.dataset)
+    dataset.ensure(args.dataset)
     if paths.qrels(args.dataset, "dev").is_file():
         raise BadInput(f"{args.dataset} has a dev split: {paths.shown(paths.qrels(args.dataset, 'dev'))}")
     made = f"{args.dataset}-dev"
-    qrels = beir.load_qrels(args.dataset, "train")
+    qrels = dataset.load_qrels(args.dataset, "train")
     queries = sorted(qrels)
     chosen = set(random.Random(args.seed).sample(queries, max(1, round(len(queries) * args.share))))
     splits = {"train": [q for q in qrels if q not in chosen], "dev": [q for q in qrels if q in chosen]}
@@ -54,8 +56,10 @@ def main(args: argparse.Namespace) -> None:
         if old.is_file():
             new.unlink(missing_ok=True)
             new.symlink_to(os.path.relpath(old.resolve(), new.parent.resolve()))
-    stage.say(f"wrote  {paths.shown(paths.dataset(made))}/: {len(splits['train'])} training and {len(splits['dev'])} dev queries")
+    terminal.say(
+        f"wrote  {paths.shown(paths.dataset(made))}/: {len(splits['train'])} training and {len(splits['dev'])} dev queries"
+    )
 
 
 if __name__ == "__main__":
-    sys.exit(stage.run(main, parse_args))
+    sys.exit(cli.run(main, parse_args))

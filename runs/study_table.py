@@ -16,14 +16,17 @@ from typing import Any
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from syntriever import beir, jsonl, paths, stage
+from syntriever.data import dataset
 from syntriever.errors import BadInput
+from syntriever.files import jsonl, paths
+from syntriever.report.pictures import picture
+from syntriever.run import cli, terminal
 
 MEASURE = "nDCG@10"
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = stage.parser(__doc__)
+    parser = cli.parser(__doc__)
     parser.add_argument("dataset")
     parser.add_argument("model", help="the untrained encoder")
     parser.add_argument("rows", nargs="+", metavar="row[:other]", help="and what it is compared with (default: the first row)")
@@ -67,32 +70,25 @@ def shares(names: list[str], ds: str) -> tuple[list[float], list[float]]:
 
 
 def draw(ds: str, rows: list[dict[str, Any]], curves: dict[str, tuple[list[float], list[float]]], path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    height = 1.2 + 0.28 * len(rows)
-    figure, axes = plt.subplots(1, 2, figsize=(14, max(3.6, height)), constrained_layout=True, width_ratios=[3, 2])
-    for place, row in enumerate(rows):
-        axes[0].scatter(row["seeds"], [-place] * len(row["seeds"]), s=14, alpha=0.5, color="tab:blue", linewidths=0)
-        axes[0].plot(row["mean"], -place, "|", markersize=14, color="black")
-    axes[0].set(xlabel=f"{MEASURE}, a dot for each seed", title=f"{ds}, test split")
-    axes[0].set_yticks([-place for place in range(len(rows))], [row["name"] for row in rows])
-    axes[0].grid(axis="x", alpha=0.3)
-    for name, (epochs, values) in curves.items():
-        if min(values) < 1:  # there are written texts in its batches
-            axes[1].plot(epochs, values, label=name)
-    axes[1].set(xlabel="epoch", ylim=(0, 1.02), title="share of the gradient on texts\nthat reaches gold passages")
-    figure.legend(*axes[1].get_legend_handles_labels(), loc="outside right center", fontsize=8)
-    with jsonl.atomic(path) as file:
-        figure.savefig(file, dpi=110, format="png")
+    size, ratios = (14, max(3.6, 1.2 + 0.28 * len(rows))), [3, 2]
+    with picture(path, f"{ds}, test split", 2, size, width_ratios=ratios) as axes:
+        for place, row in enumerate(rows):
+            axes[0].scatter(row["seeds"], [-place] * len(row["seeds"]), s=14, alpha=0.5, color="tab:blue", linewidths=0)
+            axes[0].plot(row["mean"], -place, "|", markersize=14, color="black")
+        axes[0].set(xlabel=f"{MEASURE}, a dot for each seed")
+        axes[0].set_yticks([-place for place in range(len(rows))], [row["name"] for row in rows])
+        axes[0].grid(axis="x", alpha=0.3)
+        for name, (epochs, values) in curves.items():
+            if min(values) < 1:  # there are written texts in its batches
+                axes[1].plot(epochs, values, label=name)
+        axes[1].set(xlabel="epoch", ylim=(0, 1.02), title="share of the gradient on texts\nthat reaches gold passages")
+        axes[1].figure.legend(*axes[1].get_legend_handles_labels(), loc="outside right center", fontsize=8)
 
 
 def main(args: argparse.Namespace) -> None:
     ds, model, seeds, asked = args.dataset, args.model, args.seeds, args.rows
-    qrels = beir.load_qrels(ds, "test")
-    trained = {p for judged in beir.load_qrels(ds, "train").values() for p, grade in judged.items() if grade > 0}
+    qrels = dataset.load_qrels(ds, "test")
+    trained = {p for judged in dataset.load_qrels(ds, "train").values() for p, grade in judged.items() if grade > 0}
     untrained = scores_of(model, ds)
     queries = list(untrained)
     seen = np.array([any(grade > 0 and p in trained for p, grade in qrels[query].items()) for query in queries])
@@ -118,7 +114,7 @@ def main(args: argparse.Namespace) -> None:
         if name != other:
             against = "| {:+.4f} ({:+.4f} to {:+.4f}) | {} |".format(*difference(values, matrix[other]), other)
         lines.append(f"| {name} | {by_seed.mean():.4f}{spread} | {' | '.join(parts)} {against}")
-    stage.say("\n".join(lines))
+    terminal.say("\n".join(lines))
     target = paths.home() / "results" / f"study_{model}_{ds}"
     with jsonl.atomic(target.with_suffix(".md")) as file:
         file.write("\n".join([*lines, ""]).encode())
@@ -128,4 +124,4 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(stage.run(main, parse_args))
+    sys.exit(cli.run(main, parse_args))

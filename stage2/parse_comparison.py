@@ -22,9 +22,16 @@ from pathlib import Path
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
-from syntriever import beir, jsonl, judge, llm, models, paths, stage, teachers
+from syntriever.data import dataset
+from syntriever.data.corpus import Corpus
+from syntriever.encode import models
 from syntriever.errors import BadInput
-from syntriever.ledger import Request
+from syntriever.files import jsonl, paths
+from syntriever.llm import asking, teachers
+from syntriever.llm.ledger import Request
+from syntriever.llm.rows import append_rows, check_failures
+from syntriever.report import judge
+from syntriever.run import cli, lineage, processes, terminal
 
 # ------------------------------------------------------------------------- edit here: the prompt
 
@@ -57,7 +64,7 @@ class Pair:
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = stage.parser(__doc__)
+    parser = cli.parser(__doc__)
     parser.add_argument("dataset", help="BEIR name, pydocs, or a folder datasets/<dataset>/")
     parser.add_argument("--model", default="e5-sft", help="whose top passages are compared (default: %(default)s)")
     parser.add_argument(
@@ -92,11 +99,11 @@ def request_for(pair: Pair, query: str, first: str, second: str, max_tokens: int
     rerun, and nothing that a passage could contain."""
     first, second = (" ".join(text.split())[:MAX_PASSAGE_CHARACTERS] for text in (first, second))
     fence = "passage-" + hashlib.sha256(f"{query}\0{first}\0{second}".encode()).hexdigest()[:12]
-    prompt = llm.fill(PROMPT, query=query, fence=fence, first=first, second=second)
+    prompt = asking.fill(PROMPT, query=query, fence=fence, first=first, second=second)
     return Request("compare", (query, pair.first, pair.second), prompt, TEMPERATURE, max_tokens, VERDICTS)
 
 
-async def compare(asker: llm.Asker, pair: Pair, query: str, corpus: beir.Corpus, both_orders: bool, max_tokens: int) -> jsonl.Row:
+async def compare(asker: asking.Asker, pair: Pair, query: str, corpus: Corpus, both_orders: bool, max_tokens: int) -> jsonl.Row:
     """{"query_id", "preferred_id", "rejected_id", ...}, or a "reason" why there is no preference."""
     orders = [pair, Pair(pair.query_id, pair.second, pair.first)] if both_orders else [pair]
     requests = [request_for(p, query, corpus.by_id(p.first), corpus.by_id(p.second), max_tokens) for p in orders]
@@ -133,15 +140,15 @@ def pairs_of(row: jsonl.Row, args: argparse.Namespace) -> list[Pair]:
     return choose_pairs(row["query_id"], [passage["id"] for passage in row["passages"][: args.k]], args.pairs, args.seed)
 
 
-def report_on(output: Path, gold: beir.Qrels, title: str) -> None:
+def report_on(output: Path, gold: dataset.Qrels, title: str) -> None:
     """Write and print what the verdicts in `output` and in its failed file are worth."""
     files = [path for path in (output, paths.failed(output)) if path.is_file()]
     found = judge.report(itertools.chain.from_iterable(map(jsonl.read, files)), gold)
     jsonl.write_json(paths.report(output, ".json"), found)
     judge.draw(found, paths.report(output, ".png"), title)
-    stage.say(f"judge  {paths.shown(paths.report(output, '.json'))} and .png")
+    terminal.say(f"judge  {paths.shown(paths.report(output, '.json'))} and .png")
     for line in judge.lines(found):
-        stage.say(f"       {line}")
+        terminal.say(f"       {line}")
 
 
 def main(args: argparse.Namespace) -> None:
@@ -150,28 +157,28 @@ def main(args: argparse.Namespace) -> None:
         if getattr(args, name) is not None and getattr(args, name) < least:
             raise BadInput(f"--{name} must be at least {least}")
     ref = models.resolve(args.model, args.dataset)
-    beir.ensure(args.dataset)
+    dataset.ensure(args.dataset)
     source, output = paths.top(ref.name, args.dataset, args.top_k), paths.preferences(ref.name, args.dataset)
     if not source.is_file():
         raise BadInput(f"{paths.shown(source)} is not there. Run: python retrieval.py {args.model} {args.dataset}")
     top, chosen = load_top(source, args.k, args.limit, args.seed)
-    forced = stage.check_fresh([source], args.force)
+    forced = lineage.check_fresh([source], args.force)
     # Read before anything is paid, for the report at the end.
-    corpus, gold = beir.Corpus(args.dataset), beir.load_qrels(args.dataset, "train")
+    corpus, gold = Corpus(args.dataset), dataset.load_qrels(args.dataset, "train")
     args.llm = teachers.default_llm(args.dataset, args.llm, args.base_url)
     teacher = teachers.make_teacher(args.llm, args.dataset, output, args)
     ledger = args.ledger or paths.comparison_ledger(args.dataset)
     every = min(args.pairs, args.k * (args.k - 1) // 2) * len(chosen)
 
-    async def work(asker: llm.Asker, item: tuple[Pair, str]) -> jsonl.Row:
+    async def work(asker: asking.Asker, item: tuple[Pair, str]) -> jsonl.Row:
         pair, query = item
         return {**await compare(asker, pair, query, corpus, args.both_orders, args.verdict_max_tokens), "llm": args.llm}
 
-    with jsonl.lock(output, args.dry_run), jsonl.lock(ledger, args.dry_run):
-        record = stage.Record(args, forced)
+    with processes.lock(output, args.dry_run), processes.lock(ledger, args.dry_run):
+        record = lineage.Record(args, forced)
         record.reads(source, corpus.path)
         settings = {name: getattr(args, name) for name in ("llm", "k", "pairs", "both_orders", "seed")}
-        settings |= {"prompt": stage.text_sha256([PROMPT, MAX_PASSAGE_CHARACTERS])[:12], "temperature": TEMPERATURE}
+        settings |= {"prompt": lineage.text_sha256([PROMPT, MAX_PASSAGE_CHARACTERS])[:12], "temperature": TEMPERATURE}
         done = jsonl.Seen()
         if record.resumes(output, settings, args.force, args.dry_run):
             made = jsonl.read(output, {"query_id": str, "shown": list}, torn=args.dry_run)
@@ -183,21 +190,21 @@ def main(args: argparse.Namespace) -> None:
 
         # What is done may be of other queries: another limit, another seed.
         todo = sum(1 for _ in pending()) if len(done) else every
-        stage.say(f"read   top {args.k} of {len(chosen):,} queries: {every:,} pairs, {every - todo:,} done, {todo:,} to ask")
-        counts, used = llm.append_rows(output, ledger, pending(), todo, work, teacher, args, unit="pair")
+        terminal.say(f"read   top {args.k} of {len(chosen):,} queries: {every:,} pairs, {every - todo:,} done, {todo:,} to ask")
+        counts, used = append_rows(output, ledger, pending(), todo, work, teacher, args, unit="pair")
         if args.dry_run:
             return
-        stage.say(f"wrote  {paths.shown(output)}: {counts['written']:,} new preferences of {len(done) + counts['written']:,}")
+        terminal.say(f"wrote  {paths.shown(output)}: {counts['written']:,} new preferences of {len(done) + counts['written']:,}")
         for reason, words in (("tie", "ties"), ("disagreement", "verdicts that depend on the order")):
             if counts[reason]:
-                stage.say(f"       {counts[reason]:,} {words}, kept apart in {paths.shown(paths.failed(output))}")
+                terminal.say(f"       {counts[reason]:,} {words}, kept apart in {paths.shown(paths.failed(output))}")
         if counts["not_recorded"]:
-            stage.say(f"       {counts['not_recorded']:,} pairs have no recorded verdict; they are left out")
+            terminal.say(f"       {counts['not_recorded']:,} pairs have no recorded verdict; they are left out")
         report_on(output, gold, f"{args.llm} on {args.dataset}, top {args.k} of {ref.name}")
-        llm.check_failures(counts, len(done), output, args.max_failure_rate)
+        check_failures(counts, len(done), output, args.max_failure_rate)
         record.write(output, **counts, **used)
-    stage.next_command(f"python train_stage2.py {ref.name} {args.dataset}")
+    terminal.next_command(f"python train_stage2.py {ref.name} {args.dataset}")
 
 
 if __name__ == "__main__":
-    sys.exit(stage.run(main, parse_args))
+    sys.exit(cli.run(main, parse_args))

@@ -11,11 +11,12 @@ import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from syntriever import paths, stage
+from syntriever.files import paths
+from syntriever.run import cli, lineage, terminal
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = stage.parser(__doc__)
+    parser = cli.parser(__doc__)
     parser.add_argument("dataset", help="BEIR name, pydocs, or a folder datasets/<dataset>/")
     return parser.parse_args(argv)
 
@@ -44,11 +45,11 @@ def state_of(output: Path, stale: dict[str, str]) -> tuple[str, str, str]:
     if not output.exists():
         begun = output.with_name(f".{output.name}.tmp").is_dir()
         return "missing", "begun: --resume goes on with it" if begun else "", ""
-    record = stage.load_record(output)
+    record = lineage.load_record(output)
     if record is None:
         return "fresh", "your own file: not made by a stage", ""
     command = shlex.join(record["command"])
-    problems = stage.problems_of(output, record)
+    problems = lineage.problems_of(output, record)
     if problems:
         return "stale", problems[0].removeprefix(f"{paths.shown(output)} is stale: "), command
     for name in record["inputs"]:
@@ -72,7 +73,7 @@ def main(args: argparse.Namespace) -> None:
             if state != "fresh":
                 stale[paths.shown(output)] = state
                 todo = todo or made_by or command
-            stage.say(f"{state:8} {paths.shown(output)}{'/' if output.is_dir() else ''}{f'   ({why})' if why else ''}")
+            terminal.say(f"{state:8} {paths.shown(output)}{'/' if output.is_dir() else ''}{f'   ({why})' if why else ''}")
         return todo
 
     before = show([(paths.dataset(ds), first), (paths.synthetic(ds), f"datasets/parse_synthetic.py {ds}")])
@@ -82,7 +83,7 @@ def main(args: argparse.Namespace) -> None:
             steps = steps[3:]  # `--name` of stage 2: from the stage 1 of another name
         after = show(steps)
         todo = before or after
-        stage.say(f"next:    python {todo}\n" if todo else f"{base} is complete\n")
+        terminal.say(f"next:    python {todo}\n" if todo else f"{base} is complete\n")
 
 
 def dataset_state(ds: str) -> tuple[str, str, str]:
@@ -91,4 +92,4 @@ def dataset_state(ds: str) -> tuple[str, str, str]:
 
 
 if __name__ == "__main__":
-    sys.exit(stage.run(main, parse_args))
+    sys.exit(cli.run(main, parse_args))

@@ -40,14 +40,14 @@ def load_script(path):
 @pytest.fixture
 def run_script(capsys, monkeypatch):
     """run_script("train_stage1.py", "minilm", "tiny") -> (exit code, stdout, stderr)."""
-    from syntriever import stage
+    from syntriever.run import cli
 
     def run(path, *argv):
         script = load_script(path)
         monkeypatch.setattr(sys, "argv", [str(ROOT / path), *map(str, argv)])
         capsys.readouterr()
         try:
-            code = stage.run(script.main, lambda: script.parse_args(list(map(str, argv))))
+            code = cli.run(script.main, lambda: script.parse_args(list(map(str, argv))))
         except SystemExit as error:  # argparse
             code = error.code
         captured = capsys.readouterr()
@@ -144,14 +144,14 @@ def trained(tmp_path_factory, tiny_encoder, docstrings):
     """A data folder in which stage 1 was run, once for all tests."""
     folder = tmp_path_factory.mktemp("trained")
     fill_home(folder, docstrings)
-    from syntriever import stage
+    from syntriever.run import cli
 
     script = load_script("train_stage1.py")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SYNTRIEVER_HOME", str(folder))
         args = [str(tiny_encoder), "tiny", "--loss", "snn", "--epochs", "2", *FAST]
         patch.setattr(sys, "argv", [str(ROOT / "train_stage1.py"), *args])
-        assert stage.run(script.main, script.parse_args) == 0
+        assert cli.run(script.main, script.parse_args) == 0
     return folder
 
 

@@ -9,7 +9,8 @@ from collections import Counter
 from conftest import write_jsonl
 from llm_server import default_reply
 
-from syntriever import paths, stage
+from syntriever.files import paths
+from syntriever.run import lineage
 
 SYNTHESIS, COMPARISON = "datasets/parse_synthetic.py", "stage2/parse_comparison.py"
 STEPS = {
@@ -65,7 +66,7 @@ def retrieve(seed=0, model="e5"):
     rng, output = random.Random(seed), paths.top(model, "tiny")
     found = [(n, [{"id": f"p{i:02}", "score": 1.0} for i in rng.sample(range(20), 8)]) for n in range(12)]
     write_jsonl(output, [{"query_id": f"q-p{n:02}", "query": f"Which is topic {n:02}?", "passages": p} for n, p in found])
-    record = stage.Record(argparse.Namespace())
+    record = lineage.Record(argparse.Namespace())
     record.reads(paths.corpus("tiny"))
     record.write(output)
     return {f"q-p{n:02}": [passage["id"] for passage in passages[:5]] for n, passages in found}

@@ -16,8 +16,10 @@ from conftest import ROOT, load_script
 from llm_lab import COMPARISON, SYNTHESIS, asked, broken, prompt_of, replies, retrieve, rows, step_of, synthetic
 from llm_server import LLMServer, failure, request_key
 
-from syntriever import batch, cost, jsonl, paths, stage
-from syntriever.ledger import Ledger
+from syntriever.files import jsonl, paths
+from syntriever.llm import batch_api, cost
+from syntriever.llm.ledger import Ledger
+from syntriever.run import lineage
 
 
 class Mangling(LLMServer):
@@ -113,7 +115,7 @@ def test_waves_end_in_the_rows_of_a_live_run(lab, run):
         return sorted((row["key"], row["step"], row["model"], row["text"], row["reason"], row["max_tokens"]) for row in ledger)
 
     assert facts(rows(paths.synthesis_ledger("tiny"))) == facts(live_ledger)
-    assert stage.load_record(paths.synthetic("tiny"))["complete"]
+    assert lineage.load_record(paths.synthetic("tiny"))["complete"]
 
 
 def test_progress_and_the_end_of_a_running_batch(run_script, lab):
@@ -123,7 +125,7 @@ def test_progress_and_the_end_of_a_running_batch(run_script, lab):
         assert [code for code, *_ in said] == [75] * 4
         assert "batch_1: in_progress, 0 of 35 requests done" in said[1][1] == said[2][1]
         assert "batch_1: completed, 35 of 35 requests done\n       35 answered\n" in said[3][1]
-        assert not stage.load_record(paths.synthetic("tiny"))["complete"]
+        assert not lineage.load_record(paths.synthetic("tiny"))["complete"]
 
 
 def test_comparison_is_as_live(run, finish):
@@ -153,7 +155,7 @@ def test_state_unknown_to_us_is_waited_for(run):
 def test_files_are_split_at_both_limits(run, finish, monkeypatch):
     for name, limit in (("MAX_REQUESTS", 10), ("MAX_BYTES", 9_000)):
         with LLMServer(batch_polls=0) as server, monkeypatch.context() as patch:
-            patch.setattr(batch, name, limit)
+            patch.setattr(batch_api, name, limit)
             run(server, SYNTHESIS, "--batch", "--force", "--max-tokens", limit, code=75)
             sent = list(server._files.values())
             assert sum(content.count(b"\n") for content in sent) == 35
@@ -169,7 +171,7 @@ def test_files_are_split_at_both_limits(run, finish, monkeypatch):
 
 @pytest.mark.parametrize("concurrency", [1, 64])
 def test_queries_of_one_text_are_one_request(finish, monkeypatch, concurrency):
-    monkeypatch.setattr(batch.BatchTeacher, "concurrency", concurrency)
+    monkeypatch.setattr(batch_api.BatchTeacher, "concurrency", concurrency)
     queries = paths.queries("tiny")
     queries.write_text(queries.read_text("utf-8").replace("topic 06", "topic 05"), "utf-8")
     with LLMServer(batch_polls=0) as server:
@@ -378,25 +380,25 @@ def is_input(self, *_):
 KILLS = {
     "spooling": (1, jsonl.Appender, "add", is_input, 7, "after"),
     "first file full": (1, jsonl.Appender, "close", is_input, 1, "after"),
-    "all spooled": (1, batch.BatchTeacher, "_save", None, 1, "before"),
-    "state saved": (1, batch.BatchTeacher, "_save", None, 1, "after"),
-    "file uploaded": (1, batch.BatchTeacher, "_save", None, 2, "before"),
-    "its id saved": (1, batch.BatchTeacher, "_save", None, 2, "after"),
-    "batch created": (1, batch.BatchTeacher, "_save", None, 3, "before"),
-    "one submitted": (1, batch.BatchTeacher, "_save", None, 3, "after"),
-    "second created": (1, batch.BatchTeacher, "_save", None, 5, "before"),
+    "all spooled": (1, batch_api.BatchTeacher, "_save", None, 1, "before"),
+    "state saved": (1, batch_api.BatchTeacher, "_save", None, 1, "after"),
+    "file uploaded": (1, batch_api.BatchTeacher, "_save", None, 2, "before"),
+    "its id saved": (1, batch_api.BatchTeacher, "_save", None, 2, "after"),
+    "batch created": (1, batch_api.BatchTeacher, "_save", None, 3, "before"),
+    "one submitted": (1, batch_api.BatchTeacher, "_save", None, 3, "after"),
+    "second created": (1, batch_api.BatchTeacher, "_save", None, 5, "before"),
     "results half taken": (2, Ledger, "add", None, 4, "after"),
     "results taken": (2, Ledger, "sync", None, 1, "after"),
-    "state without it": (2, batch.BatchTeacher, "_save", None, 1, "after"),
+    "state without it": (2, batch_api.BatchTeacher, "_save", None, 1, "after"),
     "second half taken": (2, Ledger, "add", None, 9, "before"),
-    "all collected": (2, batch.BatchTeacher, "_save", None, 2, "after"),
+    "all collected": (2, batch_api.BatchTeacher, "_save", None, 2, "after"),
 }
 
 
 @pytest.mark.parametrize("where", KILLS)
 def test_kill_loses_nothing_and_submits_nothing_twice(run, run_script, finish, monkeypatch, where):
     number, owner, name, fits, nth, when = KILLS[where]
-    monkeypatch.setattr(batch, "MAX_REQUESTS", 6)
+    monkeypatch.setattr(batch_api, "MAX_REQUESTS", 6)
     with LLMServer(batch_polls=0) as server:
         given = [SYNTHESIS, "tiny", "--llm", "judge", "--base-url", server.url, "--batch", "--limit", 4]
         for _ in range(1, number):

@@ -20,8 +20,13 @@ import numpy as np
 import pytest
 from conftest import ROOT, load_script, write_jsonl
 
-from syntriever import beir, jsonl, metrics, models, paths, stage
+from syntriever.data import dataset, download
+from syntriever.data.corpus import Corpus
+from syntriever.encode import models
 from syntriever.errors import BadInput, Failed
+from syntriever.files import jsonl, paths
+from syntriever.report import metrics
+from syntriever.run import cli, lineage, processes
 
 # Everything that Python or Unicode takes for the end of a line, and other trouble.
 HARD = 'a\u2028b\u2029c\u0085d\x0b\x0c\x1ce\r\nf\tg"\\ é 漢 😀'
@@ -161,12 +166,13 @@ def test_atomic_leaves_the_old_file_when_the_block_raises(data, error):
 LOCKER = """
 import sys, time
 from pathlib import Path
-from syntriever import jsonl, stage
+from syntriever.files import jsonl
+from syntriever.run import cli, lineage, processes
 def main(args):
-    with jsonl.lock(Path(sys.argv[1])):
+    with processes.lock(Path(sys.argv[1])):
         print("locked", flush=True)
         time.sleep(60)
-sys.exit(stage.run(main, lambda: None))
+sys.exit(cli.run(main, lambda: None))
 """
 
 
@@ -181,8 +187,8 @@ def test_lock_turns_a_second_writer_away_and_dies_with_its_owner(data):
         assert f"datasets/out.jsonl is being written by process {owner.pid};" in second.stderr
         owner.kill()
     for _ in range(2):
-        with jsonl.lock(data / "datasets" / "out.jsonl"), pytest.raises(BadInput, match=f"process {os.getpid()};"):
-            jsonl.lock(data / "datasets" / "out.jsonl").__enter__()
+        with processes.lock(data / "datasets" / "out.jsonl"), pytest.raises(BadInput, match=f"process {os.getpid()};"):
+            processes.lock(data / "datasets" / "out.jsonl").__enter__()
 
 
 # --- beir
@@ -203,7 +209,7 @@ def test_corpus_is_a_dict_of_its_file(data, monkeypatch, start, ending, hashes):
     rows = [{"_id": i, **rng.choice(titles), "text": rng.choice(["", HARD, f"text of {i}"])} for i in ids]
     write_corpus(data, rows, start, ending)
     naive = {row["_id"]: " ".join(filter(None, [row.get("title"), row["text"]])) for row in rows}
-    texts, corpus = list(naive.values()), beir.Corpus("x")
+    texts, corpus = list(naive.values()), Corpus("x")
     assert [corpus.id(position) for position in range(len(corpus))] == ids
     assert list(corpus.texts()) == texts
     assert list(corpus.texts(7, 11)) == texts[7:11]
@@ -223,21 +229,21 @@ def test_a_repeated_passage_id_is_named(data, monkeypatch, hashes):
     monkeypatch.setattr(jsonl, "hash64", lambda passage_id: whole(passage_id) % hashes)
     write_corpus(data, [{"_id": i, "text": "t"} for i in ("a", "é", "b", "c", "é", "d")])
     with pytest.raises(BadInput, match=r"^datasets/x/corpus\.jsonl:5: passage id 'é' was already used on line 2"):
-        beir.Corpus("x")
+        Corpus("x")
 
 
 @pytest.mark.parametrize("bad", [{"_id": 7, "text": ""}, {"_id": "b", "text": None}, {"_id": "b", "text": "", "title": ["t"]}])
 def test_bad_and_empty_files_are_named(data, bad):
     write_corpus(data, [{"_id": "a", "text": "t"}, bad])
     with pytest.raises(BadInput, match=r"^datasets/x/corpus\.jsonl:2: "):
-        beir.Corpus("x")
+        Corpus("x")
     write_corpus(data, [], BOM)
     with pytest.raises(BadInput, match=r"^datasets/x/corpus\.jsonl is empty"):
-        beir.Corpus("x")
+        Corpus("x")
     for second, hint in (({"_id": "a", "text": "t"}, "'a' was already used"), ({"_id": "b", "text": " \n"}, "empty")):
         write_jsonl(data / "datasets" / "x" / "queries.jsonl", [{"_id": "a", "text": "t"}, second])
         with pytest.raises(BadInput, match=rf"^datasets/x/queries\.jsonl:2: .*{hint}"):
-            beir.load_queries("x")
+            dataset.load_queries("x")
 
 
 def write_qrels(data, content):
@@ -250,40 +256,40 @@ def write_qrels(data, content):
 def test_qrels_in_every_spelling(data, header, ending):
     judgements = ["q1\td1\t2", "q1\té \u2028d\t0", "score\tscore\t1", "q1\td1\t2", "q2\td1\t-1"]
     write_qrels(data, header.replace(b"\n", ending) + ending.join(line.encode() for line in judgements))
-    assert beir.load_qrels("x", "test") == {"q1": {"d1": 2, "é \u2028d": 0}, "score": {"score": 1}, "q2": {"d1": -1}}
+    assert dataset.load_qrels("x", "test") == {"q1": {"d1": 2, "é \u2028d": 0}, "score": {"score": 1}, "q2": {"d1": -1}}
 
 
 @pytest.mark.parametrize("line", ["q d 1", "q\td", "q\td\t0.5", "q\td\t1\tx", "\td\t1", "q\t\t1", "q\t\udcff\t1", "q1\td1\t2"])
 def test_a_bad_or_contradicting_judgement_is_named(data, line):
     write_qrels(data, b"query-id\tcorpus-id\tscore\n\nq1\td1\t1\n" + line.encode(errors="surrogateescape") + b"\n")
     with pytest.raises(BadInput, match=r"^datasets/x/qrels/test\.tsv:4: "):
-        beir.load_qrels("x", "test")
+        dataset.load_qrels("x", "test")
 
 
 def test_unknown_ids_are_counted_and_named_or_refused(data, capsys):
     write_corpus(data, [{"_id": "d1", "text": "t"}])
     write_jsonl(data / "datasets" / "x" / "queries.jsonl", [{"_id": "q1", "text": "t"}, {"_id": "q2", "text": "not judged"}])
-    corpus, good = beir.Corpus("x"), b"q1\td1\t1\n"
+    corpus, good = Corpus("x"), b"q1\td1\t1\n"
     for more, message in (
         (b"no-q1\td1\t1\nno-q2\td1\t1\n", "2 judged queries are not in the dataset, e.g. 'no-q1', 'no-q2'"),
         (b"q1\tno-d\t1\n", "1 judged passages are not in the dataset, e.g. 'no-d'"),
     ):
         write_qrels(data, good + more)
-        queries, qrels = beir.load_split("x", "test", corpus)
+        queries, qrels = dataset.load_split("x", "test", corpus)
         assert (queries, list(qrels), qrels["q1"]["d1"]) == ({"q1": "t"}, ["q1"], 1)
         assert f"warning: datasets/x/qrels/test.tsv: {message}" in capsys.readouterr().out
         with pytest.raises(BadInput, match=message):
-            beir.load_split("x", "test", corpus, strict=True)
+            dataset.load_split("x", "test", corpus, strict=True)
     write_qrels(data, b"no-q1\td1\t1\n")
     with pytest.raises(BadInput, match="no judged query"):
-        beir.load_split("x", "test", corpus)
+        dataset.load_split("x", "test", corpus)
     with pytest.raises(BadInput, match=r"qrels/dev\.tsv: no such split; this dataset has: test$"):
-        beir.load_split("x", "dev")
+        dataset.load_split("x", "dev")
 
 
 @pytest.mark.parametrize("name", ["../x", "/abs", "a\0b", "", ".", "..", ".hidden", "a/b", "a b", "a\n", "é", "-x", "a" * 101])
 def test_names_never_lead_out_of_their_folder(data, name):
-    for use in (paths.check_name, paths.corpus, beir.ensure, beir.Corpus, paths.synthetic, paths.model_output):
+    for use in (paths.check_name, paths.corpus, dataset.ensure, Corpus, paths.synthetic, paths.model_output):
         with pytest.raises(BadInput, match=r"name .*: use letters"):
             use(name)
 
@@ -296,7 +302,7 @@ def test_unknown_and_incomplete_datasets(data):
         ("x", r"datasets/x/queries\.jsonl is missing"),
     ):
         with pytest.raises(BadInput, match=message):
-            beir.ensure(name)
+            dataset.ensure(name)
 
 
 # --- beir: download
@@ -338,25 +344,25 @@ OK = b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n"
 
 def test_download_appears_complete(data, serve):
     archive = make_zip(data / "a.zip", [("tiny/", b""), *FILES])
-    beir.download("tiny", serve(OK % len(archive) + archive), hashlib.md5(archive).hexdigest())
+    download.fetch_archive("tiny", serve(OK % len(archive) + archive), hashlib.md5(archive).hexdigest())
     assert names_in(data / "datasets") == ["tiny"]
     found = {str(p.relative_to(data / "datasets")): p.read_bytes() for p in (data / "datasets").rglob("*") if p.is_file()}
     assert found == dict(FILES)
 
 
 def test_the_forums_of_cqadupstack_become_datasets_of_their_own(data, serve, monkeypatch):
-    members = [(f"cqadupstack/{name.removeprefix('cqadupstack-')}/corpus.jsonl", name.encode()) for name in beir.FORUMS]
+    members = [(f"cqadupstack/{name.removeprefix('cqadupstack-')}/corpus.jsonl", name.encode()) for name in download.FORUMS]
     archive = make_zip(data / "a.zip", members)
-    monkeypatch.setattr(beir, "URL", serve(OK % len(archive) + archive) + "?{}")
-    monkeypatch.setitem(beir.ARCHIVES, "cqadupstack", hashlib.md5(archive).hexdigest())
+    monkeypatch.setattr(download, "URL", serve(OK % len(archive) + archive) + "?{}")
+    monkeypatch.setitem(download.ARCHIVES, "cqadupstack", hashlib.md5(archive).hexdigest())
     kept = data / "datasets" / "cqadupstack-unix"
     kept.mkdir(parents=True)  # what is there stays
-    beir.ensure("cqadupstack-tex")
-    assert names_in(data / "datasets") == beir.FORUMS
+    dataset.ensure("cqadupstack-tex")
+    assert names_in(data / "datasets") == download.FORUMS
     assert not list(kept.iterdir())
     assert (data / "datasets" / "cqadupstack-tex" / "corpus.jsonl").read_text() == "cqadupstack-tex"
-    assert beir.parts("cqadupstack") == beir.FORUMS
-    assert all(map(beir.is_dataset, beir.FORUMS))
+    assert download.parts("cqadupstack") == download.FORUMS
+    assert all(map(dataset.is_dataset, download.FORUMS))
 
 
 @pytest.mark.parametrize("fault", ["404", "short body", "short chunk", "wrong md5", "not HTTP", "full disk"])
@@ -373,7 +379,7 @@ def test_a_failed_download_leaves_nothing(data, serve, fault):
     # The archive itself still fits on the full disk.
     limit = file_size_limit(50_000) if fault == "full disk" else contextlib.nullcontext()
     with limit, pytest.raises(Failed, match="datasets/tiny" if fault == "full disk" else None):
-        beir.download("tiny", serve(reply), md5)
+        download.fetch_archive("tiny", serve(reply), md5)
     assert names_in(data / "datasets") == []
 
 
@@ -387,7 +393,7 @@ def test_unpack_refuses_before_anything_is_written(tmp_path, member):
     make_zip(tmp_path / "a.zip", [*FILES, (member, b"\0" * 5_000_000 if member == "tiny/bomb" else b"/etc/passwd")])
     hint = "is a link" if member is LINK else "times its size" if member == "tiny/bomb" else "leads out"
     with pytest.raises(BadInput, match=hint):
-        beir.unpack(tmp_path / "a.zip", tmp_path / "in" / "out")
+        download.unpack(tmp_path / "a.zip", tmp_path / "in" / "out")
     assert names_in(tmp_path) == ["a.zip"]
 
 
@@ -464,7 +470,7 @@ def test_rebuilding_pydocs_changes_no_byte(built):
 
 
 def test_recorded_answers_are_about_training_queries_of_pydocs(pydocs):
-    queries, train, corpus = beir.load_queries("pydocs"), beir.load_qrels("pydocs", "train"), beir.Corpus("pydocs")
+    queries, train, corpus = dataset.load_queries("pydocs"), dataset.load_qrels("pydocs", "train"), Corpus("pydocs")
     known = {queries[query] for query in train}
     for name in ("synthesis.jsonl", "preferences.jsonl"):
         rows = list(jsonl.read(paths.recorded("pydocs") / name, {"query": str}))
@@ -484,7 +490,7 @@ def make(data, monkeypatch):
 
     def make(name, *inputs, complete=True):
         monkeypatch.setattr(sys, "argv", [str(ROOT / "stage2" / "parse_comparison.py"), f"from-{inputs[0]}", "--k", "5"])
-        record = stage.Record(argparse.Namespace())
+        record = lineage.Record(argparse.Namespace())
         record.reads(*(data / i for i in inputs))
         write_jsonl(data / name, [{"from": inputs}])
         record.write(data / name, complete)
@@ -497,30 +503,30 @@ def make(data, monkeypatch):
 
 def test_stale_inputs_are_refused_with_the_command_that_mends_them(data, make, capsys):
     os.utime(data / "a", ns=(1, 1))  # touched, but no byte has changed
-    stage.check_fresh([data / "a", data / "b", data / "c", data / "none"], force=False)
+    lineage.check_fresh([data / "a", data / "b", data / "c", data / "none"], force=False)
     write_jsonl(data / "a", [{"n": 2}])  # as long as it was
     for output in ("b", "c"):  # one and two levels up
         with pytest.raises(BadInput, match=r"^b is stale: a has changed") as error:
-            stage.check_fresh([data / output], force=False)
+            lineage.check_fresh([data / output], force=False)
         command = str(error.value).partition("python ")[2].split()
         assert (ROOT / command[0]).samefile(ROOT / "stage2" / "parse_comparison.py")
         assert command[1:4] == ["from-a", "--k", "5"]
         capsys.readouterr()
-        stage.check_fresh([data / output], force=True)
+        lineage.check_fresh([data / output], force=True)
         assert "warning: b is stale" in capsys.readouterr().out
     make("b", "a")
-    stage.check_fresh([data / "b", data / "c"], force=False)  # b came out the same
+    lineage.check_fresh([data / "b", data / "c"], force=False)  # b came out the same
     make("b", "a", "a")
     with pytest.raises(BadInput, match=r"^c is stale: b has changed"):
-        stage.check_fresh([data / "c"], force=False)
+        lineage.check_fresh([data / "c"], force=False)
 
 
 def test_unfinished_inputs_are_refused(data, make, capsys):
     make("b", "a", complete=False)
     for output in ("b", "c"):
         with pytest.raises(BadInput, match=r"^b is unfinished.*\n.*parse_comparison\.py from-a"):
-            stage.check_fresh([data / output], force=False)
-    stage.check_fresh([data / "c"], force=True)
+            lineage.check_fresh([data / output], force=False)
+    lineage.check_fresh([data / "c"], force=True)
     assert "warning: b is unfinished" in capsys.readouterr().out
 
 
@@ -528,22 +534,22 @@ def test_unfinished_inputs_are_refused(data, make, capsys):
 def test_a_broken_record_is_named(data, make, content):
     (data / "b.run.json").write_text(content)
     with pytest.raises(BadInput, match=r"^b\.run\.json"):
-        stage.check_fresh([data / "c"], force=False)
+        lineage.check_fresh([data / "c"], force=False)
 
 
 def test_resuming_needs_the_same_settings(data, capsys):
     output, settings = data / "out.jsonl", {"llm": "gpt-4o", "k": 5, "share": 0.7, "limit": None}
 
     def resumes(force=False, **changes):
-        return stage.Record(argparse.Namespace()).resumes(output, settings | changes, force)
+        return lineage.Record(argparse.Namespace()).resumes(output, settings | changes, force)
 
     assert not resumes()
-    assert stage.load_record(output)["complete"] is False
+    assert lineage.load_record(output)["complete"] is False
     output.write_text('{"a": "old"}\n')
     assert resumes()
     with pytest.raises(BadInput, match=r"out\.jsonl was made with other settings: llm was 'gpt-4o' and is now 'o3'\.\n.*--force"):
         resumes(llm="o3")
-    assert (output.read_text(), stage.load_record(output)["settings"]) == ('{"a": "old"}\n', settings)
+    assert (output.read_text(), lineage.load_record(output)["settings"]) == ('{"a": "old"}\n', settings)
     assert not resumes(llm="o3", force=True)
     assert (output.exists(), (data / "out.jsonl.old").read_text()) == (False, '{"a": "old"}\n')
     assert "it is kept as out.jsonl.old" in capsys.readouterr().out
@@ -568,7 +574,7 @@ def test_exit_codes(capsys, error, code, said):
         if error:
             raise error
 
-    assert stage.run(main, lambda: None) == code
+    assert cli.run(main, lambda: None) == code
     captured = capsys.readouterr()
     assert said in captured.err
     assert captured.out == ""

@@ -34,9 +34,10 @@ from llm_lab import (
 )
 from llm_server import FAULTS, LLMServer, request_key
 
-from syntriever import llm, openai_teacher, paths, teachers
-from syntriever.ledger import Request
-from syntriever.openai_teacher import OpenAITeacher
+from syntriever.files import paths
+from syntriever.llm import teachers, verdicts
+from syntriever.llm.ledger import Request
+from syntriever.llm.server import OpenAITeacher
 
 
 @pytest.fixture
@@ -312,7 +313,7 @@ LASTING += [("context", "context_length", 1), ("insufficient_quota", "the run st
 
 def test_outcome_of_every_fault(run, no_backoff, monkeypatch):
     """Prints the table (pytest -s): fault, what becomes of the row, requests sent for it."""
-    monkeypatch.setattr(openai_teacher, "RATE_LIMIT_PATIENCE", 1.5)
+    monkeypatch.setattr("syntriever.llm.server.RATE_LIMIT_PATIENCE", 1.5)
     assert {fault for fault, *_ in LASTING} == FAULTS
     for fault, outcome, requests in LASTING:
         for path in (paths.synthetic("tiny"), paths.synthesis_ledger("tiny")):
@@ -443,7 +444,7 @@ BAD = ["", "12", "one", "1, because", "2\n1", "Passage 1 is better", "1 or 2", "
 
 @pytest.mark.parametrize(("text", "verdict"), [*GOOD.items(), *((text, None) for text in BAD)])
 def test_verdict_grammar_is_strict(text, verdict):
-    assert llm.parse_verdict(text, ("1", "2", "tie")) == verdict
+    assert verdicts.parse_verdict(text, ("1", "2", "tie")) == verdict
 
 
 def test_pairs_come_in_seeded_random_order():
@@ -627,7 +628,7 @@ TEXTS = ["a b c", "d", "e f g h a b c d e f", "h h", "a", "g f e d"]
 
 
 def ask_local(folder, requests, batch_size=16, seed=0):
-    from syntriever.local_llm import LocalTeacher
+    from syntriever.llm.local import LocalTeacher
 
     async def ask_all():
         teacher = LocalTeacher(str(folder), batch_size, seed)

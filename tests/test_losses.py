@@ -8,7 +8,7 @@ import torch
 
 import train_stage1
 import train_stage2
-from syntriever import models
+from syntriever.encode import models
 
 TAU = 0.05
 

@@ -11,7 +11,10 @@ import pytest
 import torch
 from conftest import FAST, ROOT, SFT, digest, library, load_script, log_of, write_jsonl
 
-from syntriever import beir, journal, models, training
+from syntriever.data import dataset
+from syntriever.data.corpus import Corpus
+from syntriever.encode import models
+from syntriever.train import batching, journal, loop
 
 # --- batches
 
@@ -19,7 +22,7 @@ from syntriever import beir, journal, models, training
 @pytest.mark.parametrize(("sizes", "batch"), [([10] * 7, 4), ([1] * 23, 5), ([3, 1, 1, 9, 2], 4), ([1], 8)])
 def test_batches_use_every_row_once_and_no_query_twice(sizes, batch):
     query_ids = [f"q{number}" for number, size in enumerate(sizes) for _ in range(size)]
-    epochs = [training.deal(query_ids, batch, 1, epoch) for epoch in (0, 0, 1)]
+    epochs = [batching.deal(query_ids, batch, 1, epoch) for epoch in (0, 0, 1)]
     for batches in epochs:
         assert sorted(row for rows in batches for row in rows) == list(range(len(query_ids)))
         assert len(batches) == max(-(-len(query_ids) // batch), *sizes)
@@ -41,7 +44,7 @@ def test_collator_encodes_each_text_once_and_absent_ones_not_at_all(tiny_encoder
             [0],
         ),
     }
-    batch = training.Collator(model, samples.__getitem__, 2)([0, 1])
+    batch = batching.Collator(model, samples.__getitem__, 2)([0, 1])
     places, more = batch.labels.split([3, 1], dim=1)
     assert batch.sizes == [2, 1]
     assert more.flatten().tolist() == [1, 0]
@@ -49,7 +52,7 @@ def test_collator_encodes_each_text_once_and_absent_ones_not_at_all(tiny_encoder
     assert places[0, 0] == places[1, 0]
     assert places[0, 1] == places[1, 2]
 
-    _, parts = training.backward(model.eval(), batch, lambda embeddings, labels: (embeddings.sum(), {"all": embeddings}), 0)
+    _, parts = loop.backward(model.eval(), batch, lambda embeddings, labels: (embeddings.sum(), {"all": embeddings}), 0)
     embeddings = parts["all"]
     expected = library(model, ["what is a set"], "query"), library(model, ["a finite container"], "document")
     for place, vector in zip((places[0, 0], places[0, 1]), expected, strict=True):
@@ -102,9 +105,7 @@ def test_the_best_epoch_on_dev_is_kept(stage1):
     assert record["results"]["dev_ndcg_at_10"] == max(dev.values())
     assert dev[record["results"]["best_epoch"]] == max(dev.values())
     model = models.load(models.ModelRef("x", str(stage1)), "cpu")
-    assert journal.DevScore("tiny", beir.Corpus("tiny"), 20_000, 1_000, 42, 32)(model) == pytest.approx(
-        max(dev.values()), abs=1e-6
-    )
+    assert journal.DevScore("tiny", Corpus("tiny"), 20_000, 1_000, 42, 32)(model) == pytest.approx(max(dev.values()), abs=1e-6)
 
 
 def test_same_seed_same_weights_and_another_seed_others(stage1, tiny_encoder, run_script):
@@ -168,7 +169,7 @@ def test_a_loss_that_is_not_finite_stops_at_once(stage1, home, tiny_encoder, run
 @pytest.fixture
 def preferences(stage1, home):
     """Every training query prefers its own passage to three others."""
-    _, qrels = beir.load_split("tiny", "train")
+    _, qrels = dataset.load_split("tiny", "train")
     gold = [next(iter(judged)) for judged in qrels.values()]
     rows = [
         {"query_id": query, "preferred_id": gold[n], "rejected_id": gold[(n + step) % len(gold)], "shown": [], "verdicts": []}

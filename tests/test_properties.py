@@ -9,9 +9,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from syntriever import jsonl, metrics, paths
 from syntriever.errors import BadInput
-from syntriever.ledger import Ledger, Reply, Request
+from syntriever.files import jsonl, paths
+from syntriever.llm.ledger import Ledger, Reply, Request
+from syntriever.report import metrics
 
 settings.register_profile("offline", deadline=None, derandomize=True, max_examples=200, database=None)
 settings.load_profile("offline")

@@ -16,9 +16,12 @@ import pytest
 import torch
 from conftest import ROOT, SFT, digest, library, write_jsonl
 
-from syntriever import beir, encoding, hub, metrics, models, onnx_backend, search
-from syntriever.encoding import Encoder
+from syntriever.data import dataset, download
+from syntriever.data.corpus import Corpus
+from syntriever.encode import models, onnx_graph, search, shards
+from syntriever.encode.encoder import Encoder
 from syntriever.errors import BadInput, Failed
+from syntriever.report import hub, metrics
 
 
 @pytest.fixture
@@ -28,7 +31,7 @@ def model(tiny_encoder):
 
 @pytest.fixture
 def corpus(home):
-    return beir.Corpus("tiny")
+    return Corpus("tiny")
 
 
 def brute_force(model, corpus, queries):
@@ -154,12 +157,12 @@ def test_an_export_that_goes_wrong_is_refused(model, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(torch.onnx, "export", lambda *a, **k: (_ for _ in ()).throw(RuntimeError("no symbol for aten::roll\nmore")))
         with pytest.raises(BadInput, match=r"cannot be exported \(no symbol for aten::roll\); use --backend torch"):
-            onnx_backend.session(model, quantize=False)
+            onnx_graph.session(model, quantize=False)
 
     real = onnxruntime.InferenceSession.run
     monkeypatch.setattr(onnxruntime.InferenceSession, "run", lambda *a: [-real(*a)[0]])
     with pytest.raises(BadInput, match="does not survive the export"):
-        onnx_backend.session(model, quantize=False)
+        onnx_graph.session(model, quantize=False)
 
 
 # --- shards
@@ -167,16 +170,16 @@ def test_an_export_that_goes_wrong_is_refused(model, monkeypatch):
 
 @pytest.fixture
 def small_shards(monkeypatch):
-    monkeypatch.setattr(encoding, "SHARD", 7)
+    monkeypatch.setattr(shards, "SHARD", 7)
     monkeypatch.setattr(search, "BLOCK", 3)
 
 
 @pytest.mark.parametrize("shard", [7, 25, 60, 1000])
 @pytest.mark.parametrize("block", [1, 3, 100])
 def test_sharded_search_equals_brute_force(home, model, corpus, monkeypatch, shard, block):
-    monkeypatch.setattr(encoding, "SHARD", shard)
+    monkeypatch.setattr(shards, "SHARD", shard)
     monkeypatch.setattr(search, "BLOCK", block)
-    queries = beir.load_queries("tiny")
+    queries = dataset.load_queries("tiny")
     scores = brute_force(model, corpus, list(queries.values()))
     for row, (_, found) in zip(scores, search.top_k(Encoder(model), corpus, home / "e", queries, 10), strict=True):
         positions = [corpus.position(passage) for passage, _ in found]
@@ -187,7 +190,7 @@ def test_sharded_search_equals_brute_force(home, model, corpus, monkeypatch, sha
 
 
 def test_float16_shards_are_half_as_large_and_find_the_same(home, model, corpus, small_shards):
-    queries = beir.load_queries("tiny")
+    queries = dataset.load_queries("tiny")
     full, half = (dict(search.top_k(Encoder(model), corpus, home / dtype, queries, 5, dtype)) for dtype in ("float32", "float16"))
     for query in queries:
         np.testing.assert_allclose([s for _, s in half[query]], [s for _, s in full[query]], atol=2e-3)
@@ -196,7 +199,7 @@ def test_float16_shards_are_half_as_large_and_find_the_same(home, model, corpus,
 
 
 def test_only_missing_shards_are_encoded_and_other_settings_start_anew(home, model, corpus, monkeypatch, capsys):
-    monkeypatch.setattr(encoding, "SHARD", 25)
+    monkeypatch.setattr(shards, "SHARD", 25)
     encoded = []
     real = Encoder.__call__
     monkeypatch.setattr(Encoder, "__call__", lambda self, texts, *a: encoded.append(len(texts)) or real(self, texts, *a))
@@ -204,7 +207,7 @@ def test_only_missing_shards_are_encoded_and_other_settings_start_anew(home, mod
 
     def embed(**options):
         encoded.clear()
-        encoding.embed(Encoder(model), corpus, folder, **options)
+        shards.embed(Encoder(model), corpus, folder, **options)
         return sum(encoded)
 
     assert embed() == 60
@@ -243,7 +246,7 @@ def test_only_missing_shards_are_encoded_and_other_settings_start_anew(home, mod
 
 
 def test_a_shard_that_is_not_what_the_sidecar_says_is_named(home, model, corpus, small_shards):
-    made = encoding.embed(Encoder(model), corpus, home / "e")
+    made = shards.embed(Encoder(model), corpus, home / "e")
     path = made.path(14)
     whole = path.read_bytes()
     np.save(path, np.zeros((7, 31), np.float32))
@@ -261,15 +264,17 @@ SLOW = """
 import sys, time
 sys.path.insert(0, {root!r})
 sys.argv = ["retrieval.py", {model!r}, "tiny", "--top-k", "8", "--device", "cpu"]
-from syntriever import encoding, stage
+from syntriever.encode import shards
+from syntriever.run import cli
+from syntriever.encode.encoder import Encoder
 import retrieval
-encoding.SHARD = 7
-real = encoding.Encoder.__call__
+shards.SHARD = 7
+real = Encoder.__call__
 def slow(self, *a):
     time.sleep(0.4)
     return real(self, *a)
-encoding.Encoder.__call__ = slow
-sys.exit(stage.run(retrieval.main, retrieval.parse_args))
+Encoder.__call__ = slow
+sys.exit(cli.run(retrieval.main, retrieval.parse_args))
 """
 
 
@@ -341,7 +346,7 @@ def test_equal_scores_are_ordered_as_trec_eval_orders_them(home, model, corpus, 
         {"_id": f"{name}", "title": "", "text": "the same text"} for name in ("b", "a", "d", "c", "e", "f", "g", "h", "i", "Z")
     ]
     write_jsonl(home / "datasets" / "same" / "corpus.jsonl", rows)
-    ((_, hits),) = search.top_k(Encoder(model), beir.Corpus("same"), home / "e", {"q": "text"}, 10)
+    ((_, hits),) = search.top_k(Encoder(model), Corpus("same"), home / "e", {"q": "text"}, 10)
     ids = [passage for passage, _ in hits]
     assert len({np.float32(score) for _, score in hits}) > 1 or ids == sorted(ids, reverse=True)
     run = {"q": dict(hits)}
@@ -418,7 +423,7 @@ def test_retrieval_writes_the_top_of_every_training_query(stage1, home, run_scri
     code, out, err = run_script("retrieval.py", SFT, "tiny", "--top-k", 8, "--device", "cpu")
     assert code == 0, err
     rows = [json.loads(line) for line in (home / "stage2" / f"{SFT}_tiny_top8.jsonl").read_text().splitlines()]
-    queries, qrels = beir.load_split("tiny", "train")
+    queries, qrels = dataset.load_split("tiny", "train")
     assert [row["query_id"] for row in rows] == list(queries)
     for row in rows:
         scores = [passage["score"] for passage in row["passages"]]
@@ -480,7 +485,7 @@ def test_the_run_file_gives_trec_eval_the_same_figures(stage1, home, run_script)
 
     code, out, err = run_script("evaluate.py", "bm25", SFT, "tiny", "--ks", "1,5,10", "--split", "train", "--device", "cpu")
     assert code == 0, err
-    qrels = beir.load_qrels("tiny", "train")
+    qrels = dataset.load_qrels("tiny", "train")
     for name in ("bm25", SFT):
         result = json.loads((home / "results" / f"{name}_tiny_train.json").read_text())
         with (home / "results" / f"{name}_tiny_train.trec").open() as file:
@@ -517,7 +522,7 @@ def test_evaluate_writes_measures_run_and_picture(stage1, home, tiny_encoder, ru
             query, q0, passage, rank, score, tag = line.split()
             run.setdefault(query, {})[passage] = float(score)
             assert (q0, tag) == ("Q0", name)
-        again = metrics.evaluate(beir.load_qrels("tiny", "test"), run, (1, 5, 10))
+        again = metrics.evaluate(dataset.load_qrels("tiny", "test"), run, (1, 5, 10))
         for measure, values in again.items():
             assert result["measures"][measure] == pytest.approx(metrics.mean(values), abs=1e-6)
         assert (home / "results" / f"{name}_tiny_test.png").read_bytes().startswith(b"\x89PNG")
@@ -561,14 +566,16 @@ def test_a_query_s_own_passage_is_left_out_only_where_the_dataset_asks(home, doc
 
 
 def test_cqadupstack_is_the_mean_of_its_forums_and_counts_once(home, run_script):
-    for number, forum in enumerate(beir.FORUMS):
+    for number, forum in enumerate(download.FORUMS):
         shutil.copytree(home / "datasets" / "tiny", home / "datasets" / forum)
         path = home / "datasets" / forum / "qrels" / "test.tsv"
         lines = path.read_text().splitlines(keepends=True)
         path.write_text("".join([*lines[:-number], lines[-1]] if number else lines))
     code, out, err = run_script("evaluate.py", "bm25", "cqadupstack", "tiny", "--ks", "10")
     assert code == 0, err
-    values = [json.loads((home / "results" / f"bm25_{ds}_test.json").read_text())["measures"]["nDCG@10"] for ds in beir.FORUMS]
+    values = [
+        json.loads((home / "results" / f"bm25_{ds}_test.json").read_text())["measures"]["nDCG@10"] for ds in download.FORUMS
+    ]
     alone = json.loads((home / "results" / "bm25_tiny_test.json").read_text())["measures"]["nDCG@10"]
     (row,) = [line.split() for line in out.split("nDCG@10 by dataset")[1].splitlines() if line.startswith("bm25")]
     mean = sum(values) / 12

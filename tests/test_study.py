@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from conftest import load_script
 
-from syntriever import paths
+from syntriever.files import paths
 
 VALUES = {  # row -> seed -> nDCG@10 of queries "0".."3"
     "m": [[0.0, 0.2, 0.4, 0.6]],

@@ -20,10 +20,13 @@ from conftest import ROOT, load_script, make_dataset, write_jsonl
 from llm_lab import COMPARISON, STEPS, SYNTHESIS, asked, prompt_of, retrieve, rows, step_of
 from llm_server import Answer, LLMServer, default_reply, failure
 
-from syntriever import cost, jsonl, judge, llm, paths
 from syntriever.errors import BadInput
-from syntriever.ledger import Ledger, Reply, Request
-from syntriever.openai_teacher import OpenAITeacher, Pace, _seconds
+from syntriever.files import jsonl, paths
+from syntriever.llm import asking, cost, verdicts
+from syntriever.llm.ledger import Ledger, Reply, Request
+from syntriever.llm.pace import Pace, _seconds
+from syntriever.llm.server import OpenAITeacher
+from syntriever.report import judge
 
 ONE = Request("cot", ("q",), "Why?", 0.7, 100)
 VERDICT = Request("compare", ("q", "a", "b"), "Better?", 0.0, 16, ("1", "2", "tie"))
@@ -76,7 +79,7 @@ def ask(server, requests, concurrency=8, attempts=2, **attributes):
         teacher = OpenAITeacher("judge", server.url, concurrency, attempts, 60)
         vars(teacher).update(attributes)
         async with asyncio.timeout(60):
-            asker = llm.Asker(teacher)
+            asker = asking.Asker(teacher)
             replies = await asyncio.gather(*(asker.ask_verdict(r) if r.choices else asker.ask(r) for r in requests))
         await teacher.close()
         return replies
@@ -347,7 +350,7 @@ def test_budget_that_runs_out_in_flight_stops_all_and_is_hard():
             return Reply("text", "", "stop", 300, 10)
 
     async def ask_all(teacher, budget):
-        asker = llm.Asker(teacher, None, cost.Meter(cost.Price(1.0, 1.0, ""), max_cost=budget))
+        asker = asking.Asker(teacher, None, cost.Meter(cost.Price(1.0, 1.0, ""), max_cost=budget))
         async with asyncio.timeout(10):
             return await asyncio.gather(*map(asker.ask, requests), return_exceptions=True)
 
@@ -609,8 +612,8 @@ STRICT += ['{"verdict": "1"} 2', '{"verdict": "1"}{"verdict": "1"}', '{"verdict"
 
 
 def test_structured_verdict_is_read_strictly():
-    assert [llm.parse_verdict(text, ("1", "tie")) for text in ('{"verdict": "1"}', ' {"verdict":"TIE"}\n')] == ["1", "tie"]
-    assert [text[:40] for text in STRICT if llm.parse_verdict(text, ("1", "2", "tie"))] == []
+    assert [verdicts.parse_verdict(text, ("1", "tie")) for text in ('{"verdict": "1"}', ' {"verdict":"TIE"}\n')] == ["1", "tie"]
+    assert [text[:40] for text in STRICT if verdicts.parse_verdict(text, ("1", "2", "tie"))] == []
 
 
 # --- the judge's report

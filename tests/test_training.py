@@ -16,8 +16,9 @@ import torch
 from conftest import ROOT, fill_home, load_script, write_jsonl
 from safetensors.torch import load_file
 
-from syntriever import journal, models, search, training
-from syntriever.encoding import Encoder
+from syntriever.encode import models, search
+from syntriever.encode.encoder import Encoder
+from syntriever.train import batching, journal, loop
 
 train_stage1, train_stage2 = load_script("train_stage1.py"), load_script("train_stage2.py")
 TAU = 0.05
@@ -44,7 +45,7 @@ def batch_of(model, docstrings, rows, chunk):
         return texts, [1, row, row]
 
     with models.at_length(model, 32):
-        return training.Collator(model, sample, chunk)(rows)
+        return batching.Collator(model, sample, chunk)(rows)
 
 
 def snn(args=("--no-mask-known-positives",)):
@@ -63,7 +64,7 @@ def equal_with_and_without_caching(model, docstrings, loss):
     found = []
     for cached in (False, True):
         batch = batch_of(model, docstrings, list(range(12)), 5)
-        value, _ = training.backward(model, batch, snn(["--loss", loss]), seed=3, cached=cached)
+        value, _ = loop.backward(model, batch, snn(["--loss", loss]), seed=3, cached=cached)
         found.append((value, gradients(model)))
     (plain, ours), (cached, theirs) = found
     assert cached.item() == pytest.approx(plain.item(), abs=1e-6)
@@ -79,7 +80,7 @@ def test_gradient_caching_changes_no_gradient(dropout_encoder, docstrings, loss)
     ours = equal_with_and_without_caching(model, docstrings, loss)
     assert len(ours) > 20
     # Dropout is drawn anew at each step.
-    training.backward(model, batch_of(model, docstrings, list(range(12)), 5), snn(), seed=4)
+    loop.backward(model, batch_of(model, docstrings, list(range(12)), 5), snn(), seed=4)
     assert any((ours[name] - grad).abs().max() > 1e-3 for name, grad in gradients(model).items())
 
 
@@ -88,14 +89,16 @@ import json, sys
 sys.path[:0] = [{tests!r}, {root!r}]
 import torch
 torch.set_num_threads(1)
-from syntriever import models, parallel, training
-parallel.start(None)
+from syntriever.encode import models
+from syntriever.run import processes
+from syntriever.train import batching, loop
+processes.start(None)
 import test_training as t
 model = models.load(models.resolve({model!r}, "tiny"), "cpu").train()
 docs = json.load(open({docs!r}))
 batch = t.batch_of(model, docs, list(range(12)), 5)
-loss, _ = training.backward(model, batch, t.snn([]), 3, cached={cached})
-if parallel.rank() == 0:
+loss, _ = loop.backward(model, batch, t.snn([]), 3, cached={cached})
+if processes.rank() == 0:
     torch.save({{"loss": loss, **t.gradients(model)}}, {out!r})
 """
 
@@ -110,7 +113,7 @@ def test_two_processes_give_the_loss_and_gradients_of_one(dropout_encoder, docst
     assert done.returncode == 0, done.stderr[-3000:]
     two = torch.load(tmp_path / "two.pt", weights_only=True)
     model = models.load(models.resolve(str(dropout_encoder), "tiny"), "cpu").train()
-    loss, _ = training.backward(model, batch_of(model, docstrings, list(range(12)), 5), snn([]), 3)
+    loss, _ = loop.backward(model, batch_of(model, docstrings, list(range(12)), 5), snn([]), 3)
     assert two.pop("loss").item() == pytest.approx(loss.item(), abs=1e-5)
     for name, grad in gradients(model).items():
         torch.testing.assert_close(two[name], grad, rtol=0, atol=1e-5)
@@ -145,16 +148,16 @@ def test_no_text_counts_twice_and_no_known_passage_is_a_negative():
 
 def test_some_rows_of_a_query_stay_together():
     query_ids = [f"q{n}" for n in range(40) for _ in range(1 + 9 * (n % 7 == 0))]
-    assert all(training.deal(["q"] * 10 + ["r"] * 10, 2, 1, 0, together=10))  # no empty batch
+    assert all(batching.deal(["q"] * 10 + ["r"] * 10, 2, 1, 0, together=10))  # no empty batch
     for epoch in range(2):
-        batches = training.deal(query_ids, 12, 1, epoch, together=4)
+        batches = batching.deal(query_ids, 12, 1, epoch, together=4)
         assert any(len({query_ids[row] for row in rows}) < len(rows) for rows in batches)
         assert max(map(len, batches)) - min(map(len, batches)) <= 4
         assert sorted(row for rows in batches for row in rows) == list(range(len(query_ids)))
         for rows in batches:
             counts = [sum(query_ids[row] == query for row in rows) for query in {query_ids[row] for row in rows}]
             assert max(counts) <= 4
-    whole = training.deal(query_ids, 12, 1, 0, together=99)
+    whole = batching.deal(query_ids, 12, 1, 0, together=99)
     assert all(len({b for b, rows in enumerate(whole) for row in rows if query_ids[row] == q}) == 1 for q in set(query_ids))
 
 
@@ -183,8 +186,8 @@ def test_lists_and_pairs_agree_where_no_text_occurs_twice(beta):
     embeddings, refs = (torch.nn.functional.normalize(torch.randn(12, 8, generator=generator), dim=1) for _ in range(2))
     labels = torch.tensor([[3 * n, 3 * n + 1, 3 * n + 2, n, 2 * n, 2 * n + 1] for n in range(4)])
     found = []
-    for batching in ("pairs", "lists"):
-        given = ["--loss", "partial-plackett-luce", "--beta", str(beta), "--batching", batching]
+    for how in ("pairs", "lists"):
+        given = ["--loss", "partial-plackett-luce", "--beta", str(beta), "--batching", how]
         args = train_stage2.parse_args(["x-sft", "tiny", *given])
         loss, parts = train_stage2.make_loss(args, (refs[:4], refs[4:]) if beta else None)(embeddings, labels)
         found.append([loss.item(), *(value.item() for value in parts.values())])
@@ -195,7 +198,7 @@ def test_lists_encode_each_text_once(dropout_encoder):
     """Five passages and ten pairs of a query are six texts."""
     model = models.load(models.resolve(str(dropout_encoder), "tiny"), "cpu")
     pairs = [(a, b) for a in range(5) for b in range(a + 1, 5)]
-    collate = training.Collator(
+    collate = batching.Collator(
         model, lambda row: ([("query", "query"), *(("document", f"passage {n}") for n in pairs[row])], []), 16
     )
     assert sum(collate(list(range(10))).sizes) == 6
@@ -571,7 +574,7 @@ def test_training_sees_the_vectors_that_the_library_encodes(tiny_colbert, docstr
     model = models.load(models.resolve(str(tiny_colbert), "tiny"), "cpu").eval()
     batch = batch_of(model, docstrings, [4, 7], 3)
     seen = {}
-    training.backward(model, batch, lambda e, labels: (e.sum(), seen.update(e=e.detach(), labels=labels) or {}), 0)
+    loop.backward(model, batch, lambda e, labels: (e.sum(), seen.update(e=e.detach(), labels=labels) or {}), 0)
     with models.at_length(model, 32):
         queries = Encoder(model)([docstrings[row][1] for row in (4, 7)], "query")
         passages = Encoder(model)([docstrings[row][2] for row in (4, 7)], "document")
@@ -607,8 +610,8 @@ def test_late_interaction_through_both_stages(home, run_script, tiny_colbert):
         for a, b in zip(row["passages"], row["passages"][1:3], strict=False)
     ]
     write_jsonl(home / "stage2" / "colbert-sft_tiny_preferences.jsonl", rows)
-    for batching in ("pairs", "lists"):
-        code, _, err = run_script("train_stage2.py", "colbert-sft", "tiny", "--batching", batching, *common)
+    for how in ("pairs", "lists"):
+        code, _, err = run_script("train_stage2.py", "colbert-sft", "tiny", "--batching", how, *common)
         assert code == 0, err
     log = [json.loads(line) for line in (home / "output" / "colbert-final-tiny" / "log.jsonl").read_text().splitlines()]
     assert log[0]["epoch"] == 0
@@ -624,10 +627,13 @@ def test_late_interaction_through_both_stages(home, run_script, tiny_colbert):
 def test_the_bank_has_what_each_query_looks_at(home, tiny_encoder, tmp_path, monkeypatch, capsys):
     import numpy as np
 
-    from syntriever import bank, beir, encoding
+    from syntriever.data.corpus import Corpus
+    from syntriever.encode import shards
+    from syntriever.encode.encoder import Encoder
+    from syntriever.train import bank
 
-    monkeypatch.setattr(encoding, "SHARD", 7)
-    model, corpus = models.load(models.resolve(str(tiny_encoder), "tiny"), "cpu"), beir.Corpus("tiny")
+    monkeypatch.setattr(shards, "SHARD", 7)
+    model, corpus = models.load(models.resolve(str(tiny_encoder), "tiny"), "cpu"), Corpus("tiny")
     queries, texts = ["sort a list", "open a file", "parse a date"], {0: ["a chain of thought", "a passage"], 2: ["one text"]}
     asked = [(query, texts.get(number, [])) for number, query in enumerate(queries)]
     relevant = [{0}, {1, 2}, {3}]

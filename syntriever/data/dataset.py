@@ -1,0 +1,118 @@
+"""Datasets in BEIR layout: download, checks, and access that never holds a corpus in memory."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from syntriever.data import download
+from syntriever.data.corpus import Corpus
+from syntriever.errors import BadInput
+from syntriever.files import jsonl, paths
+from syntriever.run import processes
+
+# Queries of these two are themselves passages of the corpus; BEIR drops a query's own passage.
+SELF_RETRIEVAL = {"arguana", "quora"}
+
+Qrels = dict[str, dict[str, int]]
+
+
+def is_dataset(name: str) -> bool:
+    """True for a BEIR name, `pydocs`, or a folder `datasets/<name>/` with a corpus."""
+    return name in download.ARCHIVES or name in download.FORUMS or name == "pydocs" or paths.corpus(name).is_file()
+
+
+def files(ds: str, *splits: str) -> list[Path]:
+    """What a stage reads of a dataset: corpus, queries, and the judgements of the splits that are there."""
+    return [paths.corpus(ds), paths.queries(ds), *(path for split in splits if (path := paths.qrels(ds, split)).is_file())]
+
+
+def ensure(ds: str, fetch: bool = True) -> None:
+    """Make sure that `datasets/<ds>/` is there; a BEIR dataset is downloaded on first use, unless
+    `fetch` is off: then only its name is checked."""
+    folder = paths.dataset(ds)
+    if folder.is_dir():
+        for needed in (paths.corpus(ds), paths.queries(ds)):
+            if not needed.is_file():
+                raise BadInput(f"{paths.shown(needed)} is missing; a dataset folder holds corpus.jsonl, queries.jsonl, qrels/")
+    elif ds == "pydocs":
+        raise BadInput("datasets/pydocs is not built yet. Run: python datasets/build_pydocs.py")
+    elif ds == "cqadupstack":
+        raise BadInput(f"cqadupstack is twelve datasets: {', '.join(download.FORUMS)}; only evaluate.py takes them together")
+    elif ds in download.ARCHIVES or ds in download.FORUMS:
+        if fetch and processes.world() > 1:
+            raise BadInput(f"datasets/{ds} is not here yet: run any stage of it once without torchrun, which downloads it")
+        if fetch:
+            archive = ds.split("-")[0] if ds in download.FORUMS else ds
+            download.fetch_archive(archive, download.URL.format(archive), download.ARCHIVES[archive])
+    else:
+        known = ", ".join(sorted(download.ARCHIVES))
+        raise BadInput(f"unknown dataset {ds!r}: no folder {paths.shown(folder)}, and not one of pydocs, {known}")
+
+
+def load_qrels(ds: str, split: str) -> Qrels:
+    """{query id: {passage id: grade}} of one split."""
+    path = paths.qrels(ds, split)
+    if not path.is_file():
+        there = sorted(p.stem for p in path.parent.glob("*.tsv"))
+        raise BadInput(f"{paths.shown(path)}: no such split; this dataset has: {', '.join(there) or 'no qrels at all'}")
+    qrels: Qrels = {}
+    with path.open("rb") as file:
+        for number, raw in enumerate(file, 1):
+            try:
+                fields = raw.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n").split("\t")
+                if fields == [""] or (number == 1 and fields[-1] == "score"):
+                    continue
+                query_id, passage_id, grade = fields[0], fields[1], int(fields[2])
+                if len(fields) != 3 or not query_id or not passage_id:
+                    raise ValueError
+            except (ValueError, IndexError):
+                message = "expected query-id, corpus-id, whole-number score, separated by tabs"
+                raise BadInput(f"{paths.shown(path)}:{number}: {message}") from None
+            if qrels.setdefault(query_id, {}).setdefault(passage_id, grade) != grade:
+                raise BadInput(f"{paths.shown(path)}:{number}: {query_id!r}, {passage_id!r} was already judged otherwise")
+    if not qrels:
+        raise BadInput(f"{paths.shown(path)} has no judgement")
+    return qrels
+
+
+def load_queries(ds: str) -> dict[str, str]:
+    """{query id: text}; a repeated id or an empty text is `BadInput`."""
+    queries: dict[str, str] = {}
+    path = paths.queries(ds)
+    for number, _, row in jsonl.read_with_offsets(path, {"_id": str, "text": str}):
+        if row["_id"] in queries:
+            raise BadInput(f"{paths.shown(path)}:{number}: query id {row['_id']!r} was already used")
+        if not row["text"].strip():
+            raise BadInput(f"{paths.shown(path)}:{number}: the query's text is empty")
+        queries[row["_id"]] = row["text"]
+    if not queries:
+        raise BadInput(f"{paths.shown(path)} is empty")
+    return queries
+
+
+def load_split(ds: str, split: str, corpus: Corpus | None = None, strict: bool = False) -> tuple[dict[str, str], Qrels]:
+    """Queries and judgements of one split. Judgements of unknown queries are dropped; those of
+    unknown passages stay (no system can find them, as in trec_eval) and are looked for where a
+    corpus is given. Both are counted and named; with `strict` they are `BadInput`."""
+    ensure(ds)
+    qrels, texts = load_qrels(ds, split), load_queries(ds)
+    where = paths.shown(paths.qrels(ds, split))
+    known: Qrels = {q: d for q, d in qrels.items() if q in texts}
+    _report_unknown(where, "queries", [q for q in qrels if q not in texts], strict)
+    if corpus is not None:
+        _report_unknown(where, "passages", [p for d in known.values() for p in d if corpus.position(p) is None], strict)
+    if not known:
+        raise BadInput(f"{where}: no judged query is in {paths.shown(paths.queries(ds))}")
+    return {q: texts[q] for q in known}, known
+
+
+def _report_unknown(where: str, what: str, ids: list[str], strict: bool) -> None:
+    if ids:
+        unique = list(dict.fromkeys(ids))
+        message = f"{where}: {len(unique)} judged {what} are not in the dataset, e.g. {', '.join(map(repr, unique[:3]))}"
+        if strict:
+            raise BadInput(message)
+        print(f"warning: {message}", flush=True)
+
+
+Hits = list[tuple[str, float]]  # (passage id, score), best first

@@ -1,0 +1,107 @@
+"""BEIR's archives: fetched, verified and unpacked, or nothing is kept."""
+
+from __future__ import annotations
+
+import hashlib
+import http.client
+import shutil
+import stat
+import tempfile
+import urllib.request
+import zipfile
+from pathlib import Path
+
+from syntriever.errors import BadInput, Failed
+from syntriever.files import paths
+from syntriever.run import processes, terminal
+
+URL = "https://public.ukp.informatik.tu-darmstadt.de/thakur/BEIR/datasets/{}.zip"
+
+# MD5 of each archive, as published by BEIR.
+ARCHIVES = {
+    "msmarco": "444067daf65d982533ea17ebd59501e4",
+    "trec-covid": "ce62140cb23feb9becf6270d0d1fe6d1",
+    "nfcorpus": "a89dba18a62ef92f7d323ec890a0d38d",
+    "nq": "d4d3d2e48787a744b6f6e691ff534307",
+    "hotpotqa": "f412724f78b0d91183a0e86805e16114",
+    "fiqa": "17918ed23cd04fb15047f73e6c3bd9d9",
+    "arguana": "8ad3e3c2a5867cdced806d6503f29b99",
+    "webis-touche2020": "46f650ba5a527fc69e0a6521c5a23563",
+    "cqadupstack": "4e41456d7df8ee7760a7f866133bda78",
+    "quora": "18fb154900ba42a600f84b839c173167",
+    "dbpedia-entity": "c2a39eb420a3164af735795df012ac2c",
+    "scidocs": "38121350fc3a4d2f48850f6aff52e4a9",
+    "fever": "5a818580227bfb4b35bb6fa46d9b6c03",
+    "climate-fever": "8b66f0a9126c521bae2bde127b4dc99d",
+    "scifact": "5f7d1de60b170fc8027bb7898e2efca1",
+}
+
+# CQADupStack is twelve datasets in one archive; its score is the mean of theirs.
+FORUMS = [f"cqadupstack-{forum}" for forum in (
+    "android", "english", "gaming", "gis", "mathematica", "physics",
+    "programmers", "stats", "tex", "unix", "webmasters", "wordpress",
+)]  # fmt: skip
+
+# A zip whose contents are this many times its own size is a bomb, not text.
+MAX_EXPANSION = 100
+
+
+def parts(ds: str) -> list[str]:
+    """The datasets that a name stands for: the forums of `cqadupstack`, else itself."""
+    return FORUMS if ds == "cqadupstack" else [ds]
+
+
+def fetch_archive(ds: str, url: str, md5: str) -> None:
+    """Fetch, verify and unpack one archive; `datasets/<ds>/` appears only when all of it is good (of
+    `cqadupstack` a folder for each forum).
+
+    Raises `Failed` on a network error, a short body or a wrong checksum.
+    """
+    target = paths.dataset(ds)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with processes.lock(target), tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{ds}.") as folder:
+        archive = Path(folder) / "archive.zip"
+        digest = hashlib.md5(usedforsecurity=False)
+        try:
+            with urllib.request.urlopen(url, timeout=60) as reply, archive.open("wb") as file:
+                size = int(reply.headers.get("Content-Length") or 0)
+                with terminal.progress(total=size or None, unit="B", unit_scale=True, desc=f"download {ds}") as bar:
+                    while block := reply.read(1 << 20):
+                        digest.update(block)
+                        file.write(block)
+                        bar.update(len(block))
+        except (OSError, http.client.HTTPException) as error:
+            raise Failed(f"cannot download {url}: {error}. Put the unpacked dataset at {paths.shown(target)}/") from error
+        if size and archive.stat().st_size != size:
+            raise Failed(f"{url}: got {archive.stat().st_size} of {size} bytes; run again")
+        if digest.hexdigest() != md5:
+            raise Failed(f"{url}: MD5 is {digest.hexdigest()}, BEIR publishes {md5}; nothing was kept")
+        try:
+            unpack(archive, Path(folder) / "unpacked")
+            for name in parts(ds):
+                if not paths.dataset(name).is_dir():
+                    (Path(folder) / "unpacked" / name.replace("cqadupstack-", "cqadupstack/")).rename(paths.dataset(name))
+        except (OSError, zipfile.BadZipFile) as error:
+            raise Failed(f"cannot unpack {url} to {paths.shown(target)}/: {error}") from error
+
+
+def unpack(archive: Path, folder: Path) -> None:
+    """Unpack a zip of plain dataset.files. A path that leaves the folder, a link or a bomb is refused
+    before anything is written (`BadInput`)."""
+    with zipfile.ZipFile(archive) as file:
+        members = file.infolist()
+        for member in members:
+            parts = Path(member.filename).parts
+            if member.filename.startswith(("/", "\\")) or ".." in parts or "\\" in member.filename or ":" in member.filename:
+                raise BadInput(f"{archive.name}: member {member.filename!r} leads out of its folder; nothing was unpacked")
+            if stat.S_ISLNK(member.external_attr >> 16):
+                raise BadInput(f"{archive.name}: member {member.filename!r} is a link; nothing was unpacked")
+        if sum(member.file_size for member in members) > MAX_EXPANSION * archive.stat().st_size:
+            raise BadInput(f"{archive.name}: unpacks to over {MAX_EXPANSION} times its size; nothing was unpacked")
+        for member in members:
+            if member.is_dir():
+                continue
+            path = folder / member.filename
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with file.open(member) as source, path.open("wb") as sink:
+                shutil.copyfileobj(source, sink, 1 << 20)

@@ -1,0 +1,105 @@
+"""How the LLM stages ask: many requests at once, each through the ledger, each row written when it
+is complete.
+
+A stage writes one coroutine per row that awaits `Asker.ask` for each request it needs;
+`append_rows` runs many of them at once. A teacher only answers one request:
+
+    async def answer(self, request: Request) -> Reply
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import Protocol, TypeVar, runtime_checkable
+
+from syntriever.llm import cost, verdicts
+from syntriever.llm.ledger import Ledger, Reply, Request
+
+T = TypeVar("T")
+
+
+class Teacher(Protocol):
+    """`model` goes into the ledger's keys; `live` is False where answering costs nothing."""
+
+    model: str
+    live: bool
+    concurrency: int
+
+    async def answer(self, request: Request) -> Reply: ...
+
+    async def close(self) -> None: ...
+
+
+@runtime_checkable
+class Deferred(Protocol):
+    """A teacher that answers later: `Reply(reason="pending")` until a run that `collect`s the reply."""
+
+    def collect(self, ledger: Ledger, meter: cost.Meter) -> None: ...
+
+    def submit(self) -> None: ...
+
+
+class Asker:
+    """Asks a teacher through the ledger, within the meter's limits."""
+
+    def __init__(self, teacher: Teacher, ledger: Ledger | None = None, meter: cost.Meter | None = None) -> None:
+        self.teacher, self.ledger, self.meter = teacher, ledger, meter or cost.Meter()
+        self.from_ledger = 0
+        self._in_flight: dict[str, asyncio.Task[Reply]] = {}
+
+    async def ask(self, request: Request) -> Reply:
+        """Reply to one request, from the ledger where it was already received. The same request
+        asked twice at once is sent once."""
+        key = request.key(self.teacher.model)
+        if self.ledger and (known := self.ledger.get(key, request.max_tokens)):
+            self.from_ledger += 1
+            return verdicts.checked(request, known)
+        if not self.teacher.live:
+            return verdicts.checked(request, await self.teacher.answer(request))
+        if key not in self._in_flight:
+            self._in_flight[key] = asyncio.create_task(self._send(key, request))
+            self._in_flight[key].add_done_callback(lambda _: self._in_flight.pop(key))
+        return await self._in_flight[key]
+
+    async def ask_all(self, requests: Iterable[Request]) -> list[Reply]:
+        """Replies to several requests at once, verdicts to those with choices. All are waited for,
+        and so recorded, before an error of one is raised."""
+        asked = (self.ask_verdict(request) if request.choices else self.ask(request) for request in requests)
+        replies = await asyncio.gather(*asked, return_exceptions=True)
+        for reply in replies:
+            if isinstance(reply, BaseException):
+                raise reply
+        return replies  # type: ignore[return-value]
+
+    async def _send(self, key: str, request: Request) -> Reply:
+        reserved = await self.meter.admit(request)
+        try:
+            reply = verdicts.checked(request, await self.teacher.answer(request))
+        except BaseException:
+            self.meter.settle(reserved)  # others may wait for what it reserved
+            raise
+        pending = reply.reason == "pending"
+        self.meter.settle(0.0 if pending else reserved)
+        if not pending:
+            self.meter.add(request.step, reply)
+        if self.ledger and reply.finish_reason:
+            self.ledger.add(key, request, self.teacher.model, reply)
+        return reply
+
+    async def ask_verdict(self, request: Request) -> Reply:
+        """Reply whose text is one of `request.choices`. Anything else is asked once more, with the
+        grammar spelled out, and then fails with the reason `unparsable`; it is never guessed."""
+        reply = await self.ask(request)
+        if reply.reason == "unparsable":
+            reminder = f"\n\nAnswer with exactly one word and nothing else: {' or '.join(request.choices)}."
+            second = await self.ask(replace(request, prompt=request.prompt + reminder))
+            reply = replace(second, attempts=reply.attempts + second.attempts)
+        return reply if reply.reason else replace(reply, text=verdicts.parse_verdict(reply.text, request.choices) or "")
+
+
+def fill(prompt: str, **texts: str) -> str:
+    """`prompt` with its {fields} filled in one pass: braces inside the texts stay as they are."""
+    return re.sub(r"\{(\w+)\}", lambda field: texts.get(field[1], field[0]), prompt)

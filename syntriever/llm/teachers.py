@@ -1,0 +1,103 @@
+"""Which teacher answers: recorded answers, a ledger, any OpenAI-compatible server, or a model in
+this process; and the options of both LLM stages."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+
+from syntriever.errors import BadInput
+from syntriever.files import paths
+from syntriever.llm import cost
+from syntriever.llm.asking import Teacher
+from syntriever.llm.replay import LedgerTeacher, ReplayTeacher
+from syntriever.run import terminal
+
+
+def default_llm(ds: str, wanted: str | None, base_url: str | None = None) -> str:
+    """The teacher's name: as asked for, else gpt-4o, else the recorded answers where no key or
+    server is given."""
+    if wanted:
+        return wanted
+    if base_url or os.environ.get("OPENAI_BASE_URL") or os.environ.get("OPENAI_API_KEY") or not paths.recorded(ds).is_dir():
+        return "gpt-4o"
+    terminal.say(f"note:  OPENAI_API_KEY is not set; using the recorded answers that ship for {ds} (--llm replay)")
+    return "replay"
+
+
+def make_teacher(name: str, ds: str, output: Path, args: argparse.Namespace) -> Teacher:
+    """Teacher by name: `replay`, a local model (`smollm2`, a path, `hf:<Hub id>`), else an API model."""
+    kind, _, model = name.partition(":")
+    if kind == "replay":
+        if args.batch:
+            raise BadInput("--batch is for a model behind an API, not for --llm replay")
+        if args.ledger:
+            return LedgerTeacher(args.ledger, model)
+        if model:
+            raise BadInput(f"--llm {name}: name the ledger that holds the replies of {model} (--ledger FILE)")
+        return ReplayTeacher(ds)
+    if args.max_cost is not None and not cost.price_of(name, args.batch):
+        raise BadInput(f"--max-cost: {cost.PRICES.name} lists no price for {name}; add it there ({cost.PRICES})")
+    if name == "smollm2" or name.startswith("hf:") or os.path.isdir(name):
+        from syntriever.llm.local import LocalTeacher
+
+        if args.batch:
+            raise BadInput(f"--batch is for a model behind an API; {name} runs in this process, in batches anyway")
+        return LocalTeacher(name, batch_size=args.local_batch_size, seed=args.seed)
+    from syntriever.llm.server import OpenAITeacher
+
+    teacher = OpenAITeacher(name, args.base_url, args.concurrency, args.attempts, args.timeout)
+    if args.batch:
+        from syntriever.llm.batch_api import BatchTeacher
+
+        return BatchTeacher(teacher, output)
+    return teacher
+
+
+def add_options(parser: argparse.ArgumentParser, verdict_max_tokens: int) -> None:
+    """Options of both LLM stages."""
+    group = parser.add_argument_group("teacher")
+    group.add_argument(
+        "--llm",
+        help="gpt-4o or any model of the server; replay (recorded answers); smollm2, hf:<Hub id> or a folder (runs here). "
+        "Default: gpt-4o, or replay where recorded answers ship with the dataset and OPENAI_API_KEY is not set",
+    )
+    group.add_argument("--base-url", help="OpenAI-compatible server, e.g. http://localhost:8000/v1 (default: OPENAI_BASE_URL)")
+    group.add_argument(
+        "--ledger",
+        type=Path,
+        help="file that keeps every reply (default: one per dataset and stage); with --llm replay, the file that answers",
+    )
+    group.add_argument(
+        "--batch", action="store_true", help="use the server's Batch API: submit and exit (75); run again to collect"
+    )
+    group.add_argument("--dry-run", action="store_true", help="estimate requests, tokens and cost, and write nothing")
+    group.add_argument("--max-requests", type=int, help="stop after this many requests (default: no limit)")
+    group.add_argument("--max-cost", type=float, help="stop before this many USD, by syntriever/prices.json (default: no limit)")
+    group.add_argument("--concurrency", type=int, default=64, help="requests in flight at once (default: %(default)s)")
+    group.add_argument("--attempts", type=int, default=6, help="tries per request on 5xx and timeouts (default: %(default)s)")
+    group.add_argument("--timeout", type=float, default=120, help="seconds to wait for one reply (default: %(default)s)")
+    group.add_argument(
+        "--verdict-max-tokens",
+        type=int,
+        default=verdict_max_tokens,
+        help="tokens per verdict; models that reason first need hundreds (default: %(default)s)",
+    )
+    group.add_argument("--retry-failed", action="store_true", help="ask again what was refused, truncated or unparsable before")
+    group.add_argument(
+        "--max-failure-rate", type=float, default=0.1, help="exit 1 when a larger share of rows failed (default: %(default)s)"
+    )
+    group.add_argument(
+        "--local-batch-size", type=int, default=32, help="prompts per batch of a local model (default: %(default)s)"
+    )
+    group.add_argument("--seed", type=int, default=42, help="seed of shuffles and sampling (default: %(default)s)")
+
+
+def check_options(args: argparse.Namespace) -> None:
+    for name in ("concurrency", "attempts", "timeout", "local_batch_size", "verdict_max_tokens", "max_cost", "max_requests"):
+        value = getattr(args, name)
+        if value is not None and not value > 0:
+            raise BadInput(f"--{name.replace('_', '-')} must be positive")
+    if not 0 <= args.max_failure_rate <= 1:
+        raise BadInput("--max-failure-rate is a share between 0 and 1")

@@ -1,0 +1,73 @@
+"""Options that several scripts share, and their checks."""
+
+from __future__ import annotations
+
+import argparse
+
+from syntriever.errors import BadInput
+from syntriever.run import cli
+
+
+def add_encoding_options(parser: argparse.ArgumentParser) -> None:
+    """Options of the stages that embed a corpus."""
+    group = parser.add_argument_group("encoding")
+    group.add_argument("--max-length", type=int, help="tokens kept of each text (default: the model's own)")
+    group.add_argument(
+        "--backend",
+        choices=("torch", "compile", "onnx", "onnx-int8"),
+        default="torch",
+        help="what runs the encoder: onnx and onnx-int8 (quantised, other vectors) are faster on a CPU, compile on a GPU "
+        "(default: %(default)s)",
+    )
+    group.add_argument(
+        "--batch-tokens", type=int, help="tokens per forward pass, padding counted (default: what suits the device)"
+    )
+    group.add_argument(
+        "--dtype", choices=("float32", "float16"), default="float32", help="of the vectors on disk (default: %(default)s)"
+    )
+    group.add_argument("--device", help="cpu, cuda, cuda:1, mps (default: the best there is)")
+    group.add_argument("--name", help="short name for file names, where the model is a folder or a Hub id")
+    group.add_argument("--strict", action="store_true", help="refuse judgements of ids that the dataset lacks")
+    group.add_argument("--force", action="store_true", help="go on where a checkpoint is stale")
+
+
+def add_training_options(parser: argparse.ArgumentParser, *, epochs: float, batch_size: int, lr: float) -> None:
+    """Options of both training stages."""
+    group = parser.add_argument_group("training")
+    group.add_argument("--epochs", type=float, default=epochs, help="passes over the rows (default: %(default)s)")
+    group.add_argument(
+        "--batch-size", type=int, default=batch_size, help="rows per step, of all processes together (default: %(default)s)"
+    )
+    group.add_argument("--lr", type=float, default=lr, help="peak learning rate of AdamW (default: %(default)s)")
+    group.add_argument(
+        "--warmup", type=float, default=0.1, help="share of the steps with rising learning rate (default: %(default)s)"
+    )
+    group.add_argument("--temperature", type=float, default=0.05, help="tau of the scores cos/tau (default: %(default)s)")
+    group.add_argument("--max-length", type=int, help="tokens kept of each text in training (default: the model's own)")
+    group.add_argument(
+        "--dev-pool", type=int, default=20_000, help="passages drawn beside the judged ones for dev (default: %(default)s)"
+    )
+    group.add_argument("--dev-queries", type=int, default=1_000, help="dev queries at most (default: %(default)s)")
+    group.add_argument(
+        "--mini-batch-size",
+        type=int,
+        help="gradient caching: hold the activations of this many texts at a time, for large batches (default: of all)",
+    )
+    group.add_argument("--resume", action="store_true", help="go on where an interrupted run stopped")
+    group.add_argument(
+        "--save-minutes", type=float, default=15, help="minutes between checkpoints, beside epochs (default: %(default)s)"
+    )
+    group.add_argument("--compile", action="store_true", help="compile the encoder (pays on a GPU, for long runs)")
+    group.add_argument("--device", help="cpu, cuda, cuda:1, mps (default: the best there is)")
+    group.add_argument("--seed", type=int, default=42, help="seed of order and dropout (default: %(default)s)")
+    group.add_argument("--name", help="short name for file names, where the model is a folder or a Hub id")
+    group.add_argument("--strict", action="store_true", help="refuse judgements of ids that the dataset lacks")
+    group.add_argument("--force", action="store_true", help="go on where an input is stale")
+
+
+def check_training_options(args: argparse.Namespace) -> None:
+    cli.check_positive(
+        args, "epochs", "batch_size", "lr", "temperature", "max_length", "dev_pool", "dev_queries", "mini_batch_size"
+    )
+    if not 0 <= args.warmup < 1:
+        raise BadInput(f"--warmup is a share between 0 and 1, not {args.warmup}")

@@ -1,0 +1,48 @@
+"""What a stage says to the person in front of it: lines and progress."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable
+from typing import Any, TextIO
+
+from syntriever.run import processes
+
+# Seconds between two lines of progress where the output is a file: each line stays.
+PLAIN_SECONDS = 30.0
+
+
+def say(*words: object) -> None:
+    """Print a line at once, also when the output is piped; of several processes, the first talks."""
+    if processes.rank() == 0:
+        print(*words, flush=True)
+
+
+def next_command(*words: str) -> None:
+    say("next:  " + " ".join(words))
+
+
+class _Lines:
+    """Makes a line of each state of a progress bar, which would rewrite its line on a terminal."""
+
+    def __init__(self, file: TextIO) -> None:
+        self._file = file
+
+    def write(self, text: str) -> None:
+        if text.strip():
+            self._file.write(text.strip("\r\n ") + "\n")
+
+    def flush(self) -> None:
+        self._file.flush()
+
+
+def progress(items: Iterable[Any] | None = None, **options: Any) -> Any:
+    """A tqdm bar of the first process, for what takes longer than `delay` (2) seconds; where the output is
+    no terminal, one plain line every 30 seconds at most."""
+    from tqdm import tqdm
+
+    options = {"delay": 2, "disable": processes.rank() > 0, **options}
+    if not sys.stderr.isatty():
+        options |= {"file": _Lines(sys.stderr), "mininterval": PLAIN_SECONDS, "maxinterval": PLAIN_SECONDS, "ncols": 100}
+        options["delay"] = max(options["delay"], PLAIN_SECONDS)
+    return tqdm(items, **options)
