@@ -46,7 +46,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--push-to-hub", metavar="OWNER/NAME", help="upload the one checkpoint, with its scores, to the Hub")
     options.add_encoding_options(parser)
     args = parser.parse_args(argv)
-    names = list(dict.fromkeys(args.names))
+    names = list(dict.fromkeys(map(download.named, args.names)))
     args.datasets = [name for name in names if name not in models.ALIASES and "/" not in name and dataset.is_dataset(name)]
     args.models = [name for name in names if name not in args.datasets]
     if not args.datasets or not args.models:

@@ -26,7 +26,7 @@ from syntriever.run import cli, lineage, options, processes, terminal
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = cli.parser(__doc__)
     parser.add_argument("model", help=f"X-sft, X-final, {', '.join(models.ALIASES)}, a Hub id or a folder")
-    parser.add_argument("dataset", help="BEIR name, pydocs, or a folder datasets/<dataset>/")
+    dataset.add_argument(parser)
     parser.add_argument("--top-k", type=int, help="passages per query (default: 100, with --query 5)")
     parser.add_argument("--query", metavar="TEXT", help="print the top passages of this query instead")
     parser.add_argument(

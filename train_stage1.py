@@ -133,7 +133,7 @@ SYNTHETIC = {"cot": str, "positive": str, "negative": str, "verified": bool}
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = cli.parser(__doc__)
     parser.add_argument("model", help=f"{', '.join(models.ALIASES)}, a Hub id or a folder")
-    parser.add_argument("dataset", help="BEIR name, pydocs, or a folder datasets/<dataset>/")
+    dataset.add_argument(parser)
     parser.add_argument(
         "--loss",
         choices=tuple(LOSSES),

@@ -112,7 +112,7 @@ PAPER = {"loss": "partial-plackett-luce", "beta": 0.1, "batching": "pairs", "bat
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = cli.parser(__doc__)
     parser.add_argument("model", help="a stage-1 checkpoint of this project, e.g. e5-sft")
-    parser.add_argument("dataset", help="BEIR name, pydocs, or a folder datasets/<dataset>/")
+    dataset.add_argument(parser)
     parser.add_argument("--loss", choices=tuple(LOSSES), default="bradley-terry", help="preference loss (default: %(default)s)")
     parser.add_argument(
         "--beta", type=float, default=0.1, help="weight of the KL to stage 1; 0 switches it off (default: %(default)s)"

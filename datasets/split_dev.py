@@ -25,7 +25,7 @@ from syntriever.run import cli, terminal
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = cli.parser(__doc__)
-    parser.add_argument("dataset", help="BEIR name, or a folder datasets/<dataset>/")
+    dataset.add_argument(parser)
     parser.add_argument("--share", type=float, default=0.2, help="share of the training queries (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=42, help="which queries (default: %(default)s)")
     return parser.parse_args(argv)

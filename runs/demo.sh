@@ -24,3 +24,5 @@ step python retrieval.py minilm-sft pydocs "${SHORT[@]}"
 step python stage2/parse_comparison.py pydocs --model minilm-sft --pairs 3 "${TEACHER[@]}"
 step python train_stage2.py minilm-sft pydocs "${TRAINING[@]}"
 step python evaluate.py bm25 minilm minilm-sft minilm-final pydocs "${SHORT[@]}"
+echo
+echo "Open results/report.html: the tables, every pair of models query by query, and the loss curves."

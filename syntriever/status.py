@@ -6,18 +6,20 @@ Run      python -m syntriever.status scifact
 from __future__ import annotations
 
 import argparse
+import re
 import shlex
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from syntriever.data import dataset
 from syntriever.files import paths
 from syntriever.run import cli, lineage, terminal
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = cli.parser(__doc__)
-    parser.add_argument("dataset", help="BEIR name, pydocs, or a folder datasets/<dataset>/")
+    dataset.add_argument(parser)
     return parser.parse_args(argv)
 
 
@@ -32,12 +34,11 @@ def chain(ds: str, base: str) -> Iterator[tuple[Path, str]]:
 
 
 def bases(ds: str) -> list[str]:
-    """Short names of the encoders that have a checkpoint for `ds`; the README's where there is none."""
-    found = set()
-    for stage_name in ("sft", "final"):
-        ending = f"-{stage_name}-{ds}"
-        found |= {path.name.removesuffix(ending) for path in (paths.home() / "output").glob(f"*{ending}")}
-    return sorted(name for name in found if not name.startswith(".")) or ["minilm" if ds == "pydocs" else "e5"]
+    """Short names of the encoders that were trained for `ds`, an interrupted run included; the README's where
+    there is none."""
+    pattern = re.compile(rf"\.?(.+)-(?:sft|final)-{re.escape(ds)}(?:\.tmp)?")
+    found = {match[1] for path in (paths.home() / "output").glob("*") if (match := pattern.fullmatch(path.name))}
+    return sorted(found) or ["minilm" if ds == "pydocs" else "e5"]
 
 
 def state_of(output: Path, stale: dict[str, str]) -> tuple[str, str, str]:

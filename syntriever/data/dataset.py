@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from pathlib import Path
 
 from syntriever.data import download
@@ -17,8 +18,14 @@ Qrels = dict[str, dict[str, int]]
 
 
 def is_dataset(name: str) -> bool:
-    """True for a BEIR name, `pydocs`, or a folder `datasets/<name>/` with a corpus."""
-    return name in download.ARCHIVES or name in download.FORUMS or name == "pydocs" or paths.corpus(name).is_file()
+    """True for a name of BEIR or the Hub, `pydocs`, or a folder `datasets/<name>/` with a corpus."""
+    return name in download.NAMED or name in download.COPIES or name == "pydocs" or paths.corpus(name).is_file()
+
+
+def add_argument(parser: argparse.ArgumentParser) -> None:
+    """The dataset on a command line."""
+    what = "BEIR name, pydocs, hf:owner/name (a dataset of the Hugging Face Hub), or a folder datasets/<dataset>/"
+    parser.add_argument("dataset", type=download.named, help=what)
 
 
 def files(ds: str, *splits: str) -> list[Path]:
@@ -38,15 +45,14 @@ def ensure(ds: str, fetch: bool = True) -> None:
         raise BadInput("datasets/pydocs is not built yet. Run: python datasets/build_pydocs.py")
     elif ds == "cqadupstack":
         raise BadInput(f"cqadupstack is twelve datasets: {', '.join(download.FORUMS)}; only evaluate.py takes them together")
-    elif ds in download.ARCHIVES or ds in download.FORUMS:
+    elif ds in download.NAMED or ds in download.COPIES:
         if fetch and processes.world() > 1:
             raise BadInput(f"datasets/{ds} is not here yet: run any stage of it once without torchrun, which downloads it")
         if fetch:
-            archive = ds.split("-")[0] if ds in download.FORUMS else ds
-            download.fetch_archive(archive, download.URL.format(archive), download.ARCHIVES[archive])
+            download.fetch(ds)
     else:
-        known = ", ".join(sorted(download.ARCHIVES))
-        raise BadInput(f"unknown dataset {ds!r}: no folder {paths.shown(folder)}, and not one of pydocs, {known}")
+        known = ", ".join(["pydocs", *sorted(download.ARCHIVES)])
+        raise BadInput(f"unknown dataset {ds!r}: no folder {paths.shown(folder)}, not hf:owner/name, not one of {known}")
 
 
 def load_qrels(ds: str, split: str) -> Qrels:

@@ -1,9 +1,11 @@
-"""BEIR's archives: fetched, verified and unpacked, or nothing is kept."""
+"""Datasets from elsewhere: BEIR's archives, or copies on the Hub. Fetched, verified and unpacked, or nothing is kept."""
 
 from __future__ import annotations
 
 import hashlib
 import http.client
+import json
+import re
 import shutil
 import stat
 import tempfile
@@ -11,8 +13,9 @@ import urllib.request
 import zipfile
 from pathlib import Path
 
+from syntriever.data import hub_dataset
 from syntriever.errors import BadInput, Failed
-from syntriever.files import paths
+from syntriever.files import jsonl, paths
 from syntriever.run import processes, terminal
 
 URL = "https://public.ukp.informatik.tu-darmstadt.de/thakur/BEIR/datasets/{}.zip"
@@ -42,6 +45,10 @@ FORUMS = [f"cqadupstack-{forum}" for forum in (
     "programmers", "stats", "tex", "unix", "webmasters", "wordpress",
 )]  # fmt: skip
 
+# Copies on the Hugging Face Hub, for when BEIR's host does not answer; and where those that the user named come from.
+COPIES = {name: f"BeIR/{name}" for name in ARCHIVES} | {forum: f"mteb/{forum}" for forum in FORUMS}
+NAMED: dict[str, str] = {}
+
 # A zip whose contents are this many times its own size is a bomb, not text.
 MAX_EXPANSION = 100
 
@@ -49,6 +56,50 @@ MAX_EXPANSION = 100
 def parts(ds: str) -> list[str]:
     """The datasets that a name stands for: the forums of `cqadupstack`, else itself."""
     return FORUMS if ds == "cqadupstack" else [ds]
+
+
+class Unreachable(Failed):
+    """The host does not answer."""
+
+
+def named(text: str) -> str:
+    """Name of a dataset as it was typed: `hf:owner/name` stands for `name`, from that repository."""
+    if not text.startswith("hf:"):
+        return text
+    if not re.fullmatch(r"hf:\w[\w.-]*/\w[\w.-]*", text):
+        raise BadInput(f"{text}: expected hf:owner/name, a dataset of the Hugging Face Hub")
+    name = paths.check_name(text.rpartition("/")[2])
+    source = paths.dataset(name) / "source.json"
+    if paths.dataset(name).is_dir() and (not source.is_file() or json.loads(source.read_bytes())["repository"] != text[3:]):
+        shown = paths.shown(paths.dataset(name))
+        raise BadInput(f"{text}: {shown}/ is there and did not come from it. Name it {name}, or move it away")
+    NAMED[name] = text[3:]
+    return name
+
+
+def fetch(ds: str) -> None:
+    """Bring a dataset of BEIR or of the Hub to `datasets/<ds>/`. A BEIR dataset comes from its archive or, where
+    its host does not answer, from its copy on the Hub."""
+    if ds in NAMED:
+        return fetch_hub(ds, NAMED[ds])
+    archive = "cqadupstack" if ds in FORUMS else ds
+    try:
+        fetch_archive(archive, URL.format(archive), ARCHIVES[archive])
+    except Unreachable as error:
+        terminal.say(f"note:  {error}. Trying its copy on the Hub, hf:{COPIES[ds]}")
+        fetch_hub(ds, COPIES[ds])
+
+
+def fetch_hub(ds: str, repository: str) -> None:
+    """`datasets/<ds>/` from the Hub. Raises as `hub_dataset.fetch` does, and then keeps nothing."""
+    target = paths.dataset(ds)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with processes.lock(target), tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{ds}.") as folder:
+        new = Path(folder) / ds
+        hub_dataset.fetch(repository, new)
+        jsonl.write_json(new / "source.json", {"repository": repository})
+        new.rename(target)
+    terminal.say(f"wrote  {paths.shown(target)}/, from hf:{repository}")
 
 
 def fetch_archive(ds: str, url: str, md5: str) -> None:
@@ -71,7 +122,7 @@ def fetch_archive(ds: str, url: str, md5: str) -> None:
                         file.write(block)
                         bar.update(len(block))
         except (OSError, http.client.HTTPException) as error:
-            raise Failed(f"cannot download {url}: {error}. Put the unpacked dataset at {paths.shown(target)}/") from error
+            raise Unreachable(f"cannot download {url}: {error}. Put the unpacked dataset at {paths.shown(target)}/") from error
         if size and archive.stat().st_size != size:
             raise Failed(f"{url}: got {archive.stat().st_size} of {size} bytes; run again")
         if digest.hexdigest() != md5:
@@ -86,7 +137,7 @@ def fetch_archive(ds: str, url: str, md5: str) -> None:
 
 
 def unpack(archive: Path, folder: Path) -> None:
-    """Unpack a zip of plain dataset.files. A path that leaves the folder, a link or a bomb is refused
+    """Unpack a zip of plain files. A path that leaves the folder, a link or a bomb is refused
     before anything is written (`BadInput`)."""
     with zipfile.ZipFile(archive) as file:
         members = file.infolist()

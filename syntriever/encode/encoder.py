@@ -13,6 +13,7 @@ from syntriever.errors import BadInput, Failed
 from syntriever.run import terminal
 
 CPU_TOKENS, GPU_TOKENS = 1_024, 32_768  # padded tokens of one forward pass: they fill the device, and little is padded
+WORTH_AN_EXPORT = 1_000  # passages from which onnx saves more seconds than its export takes
 
 
 class Encoder:
@@ -29,7 +30,7 @@ class Encoder:
         self.dim = int(model.get_embedding_dimension())
         cuda = model.device.type == "cuda"
         self.budget = batch_tokens or (GPU_TOKENS if cuda else CPU_TOKENS)
-        self.workers = 1
+        self.workers, self._exported = 1, False
         self._bf16 = cuda and not self.late and torch.cuda.is_bf16_supported(including_emulation=False)
         self._forward: Callable[[dict[str, Any]], np.ndarray] = self._torch
         model.eval()
@@ -37,21 +38,42 @@ class Encoder:
             encoder = model[0].auto_model
             encoder.forward = torch.compile(encoder.forward, dynamic=True)
         elif backend.startswith("onnx"):
-            if model.device.type != "cpu":
-                raise BadInput(f"--backend {backend} runs on the CPU: add --device cpu")
+            self._export(quantize=backend == "onnx-int8")
 
-            # One thread for each forward pass: on a CPU two passes side by side beat one in two threads.
-            self.workers = torch.get_num_threads()
-            self._forward = onnx_graph.session(model, quantize=backend == "onnx-int8")
+    def _export(self, quantize: bool) -> None:
+        """Let onnxruntime do the forward passes; `BadInput` where that cannot be."""
+        import torch
+
+        if self.model.device.type != "cpu":
+            raise BadInput(f"--backend {self.backend} runs on the CPU: add --device cpu")
+        self._forward, self._exported = onnx_graph.session(self.model, quantize), True
+        # One thread for each forward pass: on a CPU two passes side by side beat one in two threads.
+        self.workers = torch.get_num_threads()
+
+    def expect(self, passages: int) -> None:
+        """Choose what `auto` stands for, now that the work is known: onnx on a CPU where the encoder survives
+        the export and there is enough to encode to pay for it, else torch. Never a failure."""
+        if self.backend != "auto" or self.late or self.model.device.type != "cpu" or self._exported:
+            return
+        why = f"fewer than {WORTH_AN_EXPORT:,} passages"
+        if passages >= WORTH_AN_EXPORT:
+            try:
+                self._export(quantize=False)
+                why = ""
+            except BadInput as error:
+                why = str(error).removeprefix("--backend onnx: ")
+        name = f"torch ({why})" if why else "onnx, whose vectors are those of torch to seven digits"
+        terminal.say(f"note:  --backend auto: {name}")
 
     def settings(self) -> dict[str, Any]:
-        """What decides an embedding of a passage."""
+        """What decides an embedding of a passage. That `auto` may encode with onnx does not: it is told apart from
+        torch by the seventh digit."""
         return {
             "model": models.fingerprint(self.model),
             "prefix": self.model.prompts["document"] or "",
             "max_length": self.model[0].document_length or self.model.max_seq_length,
             "dim": self.dim,
-            "backend": self.backend + (" bfloat16" if self._bf16 else ""),
+            "backend": self.backend.replace("auto", "torch") + (" bfloat16" if self._bf16 else ""),
         }
 
     def __call__(self, texts: Sequence[str], kind: str, ids: list[list[int]] | None = None) -> Any:

@@ -116,7 +116,7 @@ def resolve(model: str, ds: str, name: str | None = None) -> ModelRef:
 
 
 def check_backend(ref: ModelRef, backend: str) -> None:
-    if ref.late and backend != "torch":
+    if ref.late and backend not in ("auto", "torch"):
         raise BadInput(f"--backend {backend}: {ref.name} is a late-interaction encoder, which runs on torch only")
 
 

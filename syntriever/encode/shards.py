@@ -110,6 +110,7 @@ def embed(encoder: Encoder, corpus: Corpus, base: Path, dtype: str = "float32") 
 
     own = missing[processes.rank() :: processes.world()]
     todo = sum(min(SHARD, len(corpus) - start) for start in missing)
+    encoder.expect(todo)
     with (
         processes.lock(folder),
         terminal.progress(total=todo, unit="passage", desc="encode") as bar,

@@ -147,7 +147,7 @@ def check_fresh(outputs: Iterable[Path], force: bool, seen: set[Path] | None = N
     """Refuse an input whose own inputs have changed since it was made; with `force` return what is
     wrong, for the `Record`. An input that is gone is no reason to refuse: it may have been removed to save space.
 
-    Raises `BadInput` that names the stale file, what changed and the cli.typed that mends it.
+    Raises `BadInput` that names the stale file, what changed and the command that mends it.
     """
     seen, forced = set() if seen is None else seen, []
     for output in outputs:

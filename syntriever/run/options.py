@@ -14,10 +14,10 @@ def add_encoding_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--max-length", type=int, help="tokens kept of each text (default: the model's own)")
     group.add_argument(
         "--backend",
-        choices=("torch", "compile", "onnx", "onnx-int8"),
-        default="torch",
-        help="what runs the encoder: onnx and onnx-int8 (quantised, other vectors) are faster on a CPU, compile on a GPU "
-        "(default: %(default)s)",
+        choices=("auto", "torch", "compile", "onnx", "onnx-int8"),
+        default="auto",
+        help="what runs the encoder: auto is onnx on a CPU where the encoder can be exported, else torch; onnx-int8 (quantised, "
+        "other vectors) is faster on a CPU, compile on a GPU (default: %(default)s)",
     )
     group.add_argument(
         "--batch-tokens", type=int, help="tokens per forward pass, padding counted (default: what suits the device)"
