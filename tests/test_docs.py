@@ -20,7 +20,7 @@ PAGES = [*GUIDES, ROOT / "CHANGELOG.md"]
 # What stands in a command for a name of the reader's.
 PLACEHOLDERS = {"DS": "scifact", "M": "e5"}
 # Datasets of the reader's in the examples.
-OWN = ["mydocs", "name"]
+OWN = ["mydocs"]
 SCRIPTS = ["datasets/parse_synthetic.py", "datasets/build_pydocs.py", "datasets/split_dev.py", "train_stage1.py", "retrieval.py"]
 SCRIPTS += ["stage2/parse_comparison.py", "train_stage2.py", "evaluate.py"]
 # Programs that are not ours, and the shell's own words.
