@@ -186,3 +186,21 @@ def test_python_examples_parse(page):
     for _, language, block in parts_of(page):
         if language == "python":
             ast.parse(block)
+
+
+def test_layout_is_that_of_the_library():
+    """docs/files.md names every module of the library, and no other."""
+    (tree,) = [block for _, _, block in parts_of(ROOT / "docs/files.md") if "\nsyntriever/\n" in block]
+    named, room = set(), ""
+    for line in tree.partition("\nsyntriever/\n")[2].splitlines():
+        if found := re.match(r"  (\w+/|\S)", line):
+            room = found[1] if found[1].endswith("/") else ""
+        named |= {f"{room}{name}" for name in re.findall(r"\w+\.py\b", line)}
+    library = ROOT / "syntriever"
+    assert named == {str(path.relative_to(library)) for path in library.rglob("*.py") if path.name != "__init__.py"}
+
+
+@pytest.mark.parametrize("page", GUIDES, ids=lambda page: page.name)
+def test_files_of_the_code_exist(page):
+    named = re.findall(r"`((?:syntriever|bench|runs|tests|datasets|stage2)/[\w/]+\.(?:py|sh|json)|\w+\.py)`", prose(page))
+    assert not [path for path in named if not (ROOT / path).is_file() and path not in {Path(script).name for script in SCRIPTS}]
