@@ -12,8 +12,6 @@ Run      python evaluate.py e5-final scifact
          python evaluate.py e5-final scifact --push-to-hub owner/name
 """
 
-from __future__ import annotations
-
 import argparse
 import functools
 import sys

@@ -8,8 +8,6 @@ Run      python retrieval.py e5-sft scifact
          torchrun --nproc_per_node=8 retrieval.py e5-sft msmarco
 """
 
-from __future__ import annotations
-
 import argparse
 import sys
 import textwrap

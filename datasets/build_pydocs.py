@@ -8,8 +8,6 @@ Writes   datasets/pydocs/corpus.jsonl, queries.jsonl, qrels/{train,dev,test}.tsv
 Run      python datasets/build_pydocs.py
 """
 
-from __future__ import annotations
-
 import argparse
 import ast
 import hashlib

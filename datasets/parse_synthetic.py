@@ -9,8 +9,6 @@ Writes   datasets/<dataset>_synthetic.jsonl          complete rows, appended as 
 Run      python datasets/parse_synthetic.py scifact
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import random

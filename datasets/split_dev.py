@@ -7,8 +7,6 @@ Writes   datasets/<dataset>-dev/   corpus and queries linked; judgements of 80% 
 Run      python datasets/split_dev.py scifact
 """
 
-from __future__ import annotations
-
 import argparse
 import os
 import random

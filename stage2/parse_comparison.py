@@ -9,8 +9,6 @@ Writes   stage2/<model>_<dataset>_preferences.jsonl          one row per decided
 Run      python stage2/parse_comparison.py scifact
 """
 
-from __future__ import annotations
-
 import argparse
 import hashlib
 import itertools

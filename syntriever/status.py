@@ -3,8 +3,6 @@
 Run      python -m syntriever.status scifact
 """
 
-from __future__ import annotations
-
 import argparse
 import re
 import shlex

@@ -1,7 +1,5 @@
 """The passages of a dataset, read from disk as they are asked for."""
 
-from __future__ import annotations
-
 from array import array
 from collections.abc import Iterator
 

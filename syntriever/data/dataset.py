@@ -1,7 +1,5 @@
 """Datasets in BEIR layout: download, checks, and access that never holds a corpus in memory."""
 
-from __future__ import annotations
-
 import argparse
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Datasets from elsewhere: BEIR's archives, or copies on the Hub. Fetched, verified and unpacked, or nothing is kept."""
 
-from __future__ import annotations
-
 import hashlib
 import http.client
 import json

@@ -1,7 +1,5 @@
 """Retrieval datasets of the Hugging Face Hub, in the two layouts that MTEB and BeIR publish there."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager

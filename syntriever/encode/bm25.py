@@ -1,7 +1,5 @@
 """BM25, the baseline that needs no encoder."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 
 from syntriever.data.corpus import Corpus

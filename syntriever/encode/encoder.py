@@ -1,7 +1,5 @@
 """From texts to vectors: batches under a token budget, on the backend that suits the machine."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any

@@ -1,7 +1,5 @@
 """An encoder on onnxruntime, for CPUs: fused operators in float32, or 8-bit integers."""
 
-from __future__ import annotations
-
 import logging
 import tempfile
 import warnings

@@ -1,7 +1,5 @@
 """Top-k search over the embeddings of a corpus: exact, by MaxSim, or through a FAISS index."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any

@@ -7,8 +7,6 @@ late-interaction encoder the rows are the tokens of one passage after the other,
 number of tokens of each.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import shutil

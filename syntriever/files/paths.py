@@ -4,8 +4,6 @@ Places are fixed relative to the repository, never to the working directory, so 
 runs from anywhere. `SYNTRIEVER_HOME` moves all data (not the code) to another disk.
 """
 
-from __future__ import annotations
-
 import os
 import re
 from pathlib import Path

@@ -7,8 +7,6 @@ A stage writes one coroutine per row that awaits `Asker.ask` for each request it
     async def answer(self, request: Request) -> Reply
 """
 
-from __future__ import annotations
-
 import asyncio
 import re
 from collections.abc import Iterable

@@ -1,7 +1,5 @@
 """OpenAI's Batch API: half the price, replies within a day. Submit, exit, run again to collect."""
 
-from __future__ import annotations
-
 import asyncio
 import json
 from collections import Counter

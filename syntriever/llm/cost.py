@@ -1,7 +1,5 @@
 """What a run asks for and uses, step by step: an estimate before, the total after, and hard limits."""
 
-from __future__ import annotations
-
 import asyncio
 import json
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """Every reply a teacher gave, on disk and addressed by content, so that none is paid for twice."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path

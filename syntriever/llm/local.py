@@ -1,7 +1,5 @@
 """A teacher that runs in this process: any Hugging Face causal LM, with batched generation."""
 
-from __future__ import annotations
-
 import asyncio
 import importlib.util
 import threading

@@ -1,7 +1,5 @@
 """How fast to ask a server that announces its limits."""
 
-from __future__ import annotations
-
 import asyncio
 import math
 import re

@@ -1,7 +1,5 @@
 """Teachers that ask nobody: recorded answers that ship with a dataset, or the replies of a ledger."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from syntriever.errors import BadInput

@@ -4,8 +4,6 @@ A stage writes one coroutine per row that awaits `Asker.ask` for each request it
 runs many of them at once.
 """
 
-from __future__ import annotations
-
 import argparse
 import asyncio
 import itertools

@@ -1,7 +1,5 @@
 """A teacher behind OpenAI's HTTP API: OpenAI itself, vLLM, Ollama, llama.cpp and their kin."""
 
-from __future__ import annotations
-
 import asyncio
 import itertools
 import math

@@ -1,8 +1,6 @@
 """Which teacher answers: recorded answers, a ledger, any OpenAI-compatible server, or a model in
 this process; and the options of both LLM stages."""
 
-from __future__ import annotations
-
 import argparse
 import os
 from pathlib import Path

@@ -1,7 +1,5 @@
 """What counts as an answer to a question with choices."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import replace
 

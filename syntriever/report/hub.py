@@ -1,7 +1,5 @@
 """The checkpoint outside: scores in its model card, upload to the Hugging Face Hub."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 from typing import Any

@@ -1,8 +1,6 @@
 """What the verdicts of a pairwise judge are worth: ties, flips, position bias, cycles, agreement with
 the dataset's own judgements."""
 
-from __future__ import annotations
-
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping

@@ -1,7 +1,5 @@
 """Retrieval measures as trec_eval computes them, and paired tests between two systems."""
 
-from __future__ import annotations
-
 import numpy as np
 
 from syntriever.data.dataset import Qrels

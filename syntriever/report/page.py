@@ -1,7 +1,5 @@
 """The last evaluation as one self-contained HTML page: no script, nothing loaded from elsewhere."""
 
-from __future__ import annotations
-
 import base64
 import time
 from collections.abc import Iterable, Sequence

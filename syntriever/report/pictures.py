@@ -1,7 +1,5 @@
 """Pictures: axes side by side in a PNG that appears whole."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The command line of a stage: exit codes and strict parsing."""
 
-from __future__ import annotations
-
 import argparse
 import os
 import shlex

@@ -1,7 +1,5 @@
 """What every stage script shares: exit codes, the record of a run, the check for stale inputs."""
 
-from __future__ import annotations
-
 import argparse
 import hashlib
 import itertools

@@ -1,7 +1,5 @@
 """Options that several scripts share, and their checks."""
 
-from __future__ import annotations
-
 import argparse
 
 from syntriever.errors import BadInput

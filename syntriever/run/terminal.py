@@ -1,7 +1,5 @@
 """What a stage says to the person in front of it: lines and progress."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Iterable
 from typing import Any, TextIO

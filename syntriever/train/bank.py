@@ -4,8 +4,6 @@ The embeddings are those that retrieval makes (`shards.embed`), so memory is wha
 What the LLM wrote for a query is embedded once, too, and never trained on as a text.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path

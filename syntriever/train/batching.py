@@ -1,7 +1,5 @@
 """Which rows share a batch, and its texts as tokens in chunks of similar length."""
 
-from __future__ import annotations
-
 import heapq
 import random
 from collections import defaultdict

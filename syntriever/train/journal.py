@@ -1,7 +1,5 @@
 """What a training run leaves behind: the log, dev scores, the best weights, a picture, a model card."""
 
-from __future__ import annotations
-
 import argparse
 import os
 import random

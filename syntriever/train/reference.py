@@ -1,7 +1,5 @@
 """Embeddings of a frozen model that a run needs: made once before training, mapped from disk after that."""
 
-from __future__ import annotations
-
 import itertools
 import shutil
 from collections.abc import Iterable, Iterator
