@@ -262,7 +262,7 @@ def train(args: argparse.Namespace, ref: models.ModelRef, source: Path | None, o
 
     resume = checkpoint.find(output, record, args)
     device = processes.start(args.device)
-    from syntriever.train import bank, batching, journal, loop, reference
+    from syntriever.train import bank, batching, frozen, journal, loop
 
     model = models.load(ref, device)
     names = [query for query, _ in rows]
@@ -291,7 +291,7 @@ def train(args: argparse.Namespace, ref: models.ModelRef, source: Path | None, o
         (positive, cot, _), verified = written(query)
         return [text for text, used in ((cot, True), (positive, verified)) if used and text is not None]
 
-    with reference.folder(output) as folder:
+    with frozen.folder(output) as folder:
         looks_at = None
         if args.loss == "distill":  # the model is still the one that training starts from
             asked, base = [(queries[query], views(query)) for query in numbers], ref.embeddings(args.dataset)

@@ -136,7 +136,7 @@ def make_loss(args: argparse.Namespace, reference: tuple[Tensor, Tensor] | None)
     the texts, and their rows among the `reference` embeddings of queries and passages (None: no KL)."""
     import torch
 
-    from syntriever.train import loop, reference
+    from syntriever.train import loop
 
     def loss(embeddings: Tensor, labels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         rows = torch.arange(len(labels), device=labels.device)
@@ -214,17 +214,17 @@ def train(args: argparse.Namespace, ref: models.ModelRef, source: Path, output: 
 
     resume = checkpoint.find(output, record, args)
     device = processes.start(args.device)
-    from syntriever.train import batching, journal, loop, reference
+    from syntriever.train import batching, frozen, journal, loop
 
     model = models.load(ref, device)
-    with reference.folder(output) as folder:
+    with frozen.folder(output) as folder:
         reference = None
         if args.beta:
             # The model is still the stage-1 model here: its embeddings are all the KL term needs of it.
             known, texts = (queries[query] for query in query_ids), map(corpus.text, positions)
             reference = (
-                reference.embed(model, known, len(query_ids), "query", args.max_length, folder / "queries.npy"),
-                reference.embed(model, texts, len(positions), "document", args.max_length, folder / "passages.npy"),
+                frozen.embed(model, known, len(query_ids), "query", args.max_length, folder / "queries.npy"),
+                frozen.embed(model, texts, len(positions), "document", args.max_length, folder / "passages.npy"),
             )
         query_row, passage_row = ({key: row for row, key in enumerate(keys)} for keys in (query_ids, positions))
 

@@ -702,6 +702,18 @@ def test_measures_agree_with_brute_force_and_mrr_with_trec_eval():
         assert ours == {query: pytest.approx(theirs[query]["recip_rank"], abs=1e-6) for query in qrels}
 
 
+def test_measures_are_those_of_beir():
+    from beir.retrieval.evaluation import EvaluateRetrieval
+
+    for seed in range(5):
+        qrels, run = random_run(seed)  # every query has results: BEIR leaves out the others
+        ours = metrics.evaluate(qrels, run)
+        means = EvaluateRetrieval.evaluate(qrels, run, list(metrics.KS), ignore_identical_ids=False)
+        theirs = {name.replace("NDCG", "nDCG"): value for part in means for name, value in part.items()}
+        assert len(theirs) == 4 * len(metrics.KS)
+        assert {name: round(metrics.mean(ours[name]), 5) for name in theirs} == theirs
+
+
 def compare(differences, **options):
     base = {f"q{n}": 0.5 for n in range(len(differences))}
     ours = {query: 0.5 + d for query, d in zip(base, differences, strict=True)}

@@ -97,7 +97,7 @@ def test_integers_as_ids_queries_in_splits_and_what_may_be_missing(home, tmp_pat
     ("configs", "message"),
     [
         ({"en-corpus": {"test": PASSAGES}, "en-queries": {"test": QUERIES}}, "no config 'corpus', only en-corpus, en-queries"),
-        ({"corpus": {"c": [{"name": "d1", "text": "t"}]}}, r"corpus/c, row 1: needs '_id' \(or 'id'\) and 'text', has name, text"),
+        ({"corpus": {"c": [{"name": "d1", "text": "t"}]}}, r"corpus/c, row 1: needs '_id' \(or 'id'\) and 'text', has name"),
         (
             {"corpus": {"c": PASSAGES}, "default": {"test": [*qrels(("q", "d")), *qrels(("q", "e"), score=0.5)]}},
             r"default/test, row 2: score 0.5 is no whole number",

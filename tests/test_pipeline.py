@@ -283,7 +283,7 @@ def test_status_and_refusals_name_the_setting_that_has_changed(stage1, home, tin
         code, out, err = run_script("syntriever/status.py", "tiny")
         assert code == 0, err
         lines = out.rstrip().splitlines()
-        return {line.split()[1]: line for line in lines if line.split()[0] in ("fresh", "stale", "missing")}, lines[-1]
+        return {line.split()[1]: line for line in lines if line and line.split()[0] in ("fresh", "stale", "missing")}, lines[-1]
 
     base, top = SFT.removesuffix("-sft"), f"stage2/{SFT}_tiny_top100.jsonl"
     retrieve = ("retrieval.py", SFT, "tiny", "--device", "cpu")
@@ -292,6 +292,10 @@ def test_status_and_refusals_name_the_setting_that_has_changed(stage1, home, tin
     assert then.endswith(f"python retrieval.py {SFT} tiny")
     (home / "output" / f".{base}-final-tiny.tmp").mkdir()
     assert "--resume" in status()[0][f"output/{base}-final-tiny"]
+    (home / "output" / ".begun-sft-tiny.tmp").mkdir()  # an interrupted run is of an encoder, too
+    assert "output/begun-sft-tiny" in (both := status()[0])
+    assert f"output/{base}-sft-tiny/" in both
+    (home / "output" / ".begun-sft-tiny.tmp").rmdir()
     code, _, err = run_script(*retrieve, "--top-k", 8)
     assert code == 0, err
     (home / "stage2" / f"{SFT}_tiny_top8.jsonl").rename(home / top)

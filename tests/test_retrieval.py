@@ -112,6 +112,38 @@ def test_backends_give_the_same_vectors(tiny_encoder, docstrings, backend, cosin
         np.testing.assert_allclose(library(model, texts[:3], "document"), expected[:3], atol=1e-6)
 
 
+def test_auto_takes_onnx_where_that_pays_and_never_fails(home, tiny_encoder, monkeypatch, capsys):
+    ref = models.resolve(str(tiny_encoder), "tiny")
+    corpus, folders = Corpus("tiny"), []
+    broken = BadInput("--backend onnx: this encoder cannot be exported (no symbol); use --backend torch")
+
+    def embed(backend, worth=10, error=None):
+        monkeypatch.setattr("syntriever.encode.encoder.WORTH_AN_EXPORT", worth)
+        with monkeypatch.context() as patch:
+            if error:
+                patch.setattr(onnx_graph, "session", lambda *_: (_ for _ in ()).throw(error))
+            encoder = Encoder(models.load(ref, "cpu"), backend)
+            made = shards.embed(encoder, corpus, home / f"{backend}-{worth}-{bool(error)}")
+        folders.append(made.folder.name)
+        return made.shard(0), encoder._forward == encoder._torch, capsys.readouterr().out
+
+    expected, *_ = embed("torch")
+    vectors, by_torch, said = embed("auto")
+    assert not by_torch
+    assert "--backend auto: onnx" in said
+    np.testing.assert_allclose(vectors, expected, atol=1e-6)
+    for given, why in (
+        ({"worth": 10_000}, "fewer than 10,000 passages"),
+        ({"error": broken}, "this encoder cannot be exported (no symbol)"),
+    ):
+        vectors, by_torch, said = embed("auto", **given)
+        assert by_torch
+        assert f"--backend auto: torch ({why}" in said
+        np.testing.assert_array_equal(vectors, expected)
+    assert len(set(folders)) == 1  # what torch has encoded, auto reads
+    assert "note:" not in embed("auto")[2]  # nothing to encode, nothing to choose
+
+
 def test_late_interaction_goes_on_with_half_the_texts_when_memory_runs_out(tiny_colbert, docstrings, monkeypatch):
     model = models.load(models.resolve(str(tiny_colbert), "tiny"), "cpu")
     texts = [passage for _, _, passage in docstrings]

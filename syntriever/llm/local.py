@@ -1,4 +1,4 @@
-"""A teacher that runs in this process: any Hugging Face causal LM, with batched generation."""
+"""A teacher that runs in this process: any Hugging Face causal LM, in batches of transformers' generation."""
 
 import asyncio
 import importlib.util
@@ -40,14 +40,13 @@ class LocalTeacher:
     def __init__(self, name: str, batch_size: int, seed: int) -> None:
         self.model = name
         self._where = locate(name)
-        self._batch_size, self._seed = batch_size, seed
         # Rows ask three things at once; this many workers keep the batches full.
-        self.concurrency = batch_size
+        self.concurrency = self._batch_size = batch_size
+        self._seed = seed
         self._waiting: list[tuple[Request, asyncio.Future[Reply]]] = []
         self._task: asyncio.Task[None] | None = None
         self._stop = threading.Event()
         self._lm: Any = None
-        self._ends: set[int] = set()
 
     async def answer(self, request: Request) -> Reply:
         future = asyncio.get_running_loop().create_future()
@@ -63,24 +62,25 @@ class LocalTeacher:
     def _ended(self, task: asyncio.Task[None]) -> None:
         """Hand an error of the batch loop to everybody who waits for it."""
         error = None if task.cancelled() else task.exception()
-        if error:
-            for _, future in self._waiting:
-                if not future.done():
-                    future.set_exception(error)
+        for _, future in self._waiting if error else ():
+            if not future.done():
+                future.set_exception(error)  # type: ignore[arg-type]
 
     async def _serve(self) -> None:
+        def kind(pair: tuple[Request, Any]) -> tuple[bool, float]:
+            return bool(pair[0].choices), pair[0].temperature
+
         if self._lm is None:
             await asyncio.to_thread(self._load)
         while self._waiting:
             await asyncio.sleep(0.01)  # let every worker that can ask do so
             # Longest first, one kind at a time: a batch costs its longest member.
-            self._waiting.sort(key=lambda pair: (bool(pair[0].choices), pair[0].temperature, len(pair[0].prompt)))
-            kind = (bool(self._waiting[-1][0].choices), self._waiting[-1][0].temperature)
-            batch = [p for p in self._waiting if (bool(p[0].choices), p[0].temperature) == kind][-self._batch_size :]
+            self._waiting.sort(key=lambda pair: (kind(pair), len(pair[0].prompt)))
+            batch = [pair for pair in self._waiting if kind(pair) == kind(self._waiting[-1])][-self._batch_size :]
             try:
                 replies = await asyncio.to_thread(self._answer, [request for request, _ in batch])
             except asyncio.CancelledError:
-                self._stop.set()  # the thread leaves its generation loop at the next token
+                self._stop.set()  # the thread leaves its generation at the next token
                 raise
             self._waiting = [pair for pair in self._waiting if pair not in batch]
             for (_, future), reply in zip(batch, replies, strict=True):
@@ -100,8 +100,7 @@ class LocalTeacher:
         self._tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left", **extra)
         if self._tokenizer.pad_token is None:
             self._tokenizer.pad_token = self._tokenizer.eos_token
-        lm: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **extra)
-        self._lm = lm.to(device).eval()
+        self._lm = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **extra).to(device).eval()
         # Chat models often end on another token than their tokenizer names.
         ends = self._lm.generation_config.eos_token_id or []
         self._ends = {self._tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
@@ -109,6 +108,8 @@ class LocalTeacher:
 
     def _answer(self, requests: list[Request]) -> list[Reply]:
         """Replies to one batch; a prompt that leaves no room to answer fails alone."""
+        import torch
+
         chats = [[{"role": "user", "content": request.prompt}] for request in requests]
         prompts = [self._tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True) for chat in chats]
         tokens = self._tokenizer(prompts, add_special_tokens=False)["input_ids"]
@@ -118,57 +119,38 @@ class LocalTeacher:
         if fits:
             encoded = self._tokenizer.pad({"input_ids": [tokens[n] for n in fits]}, return_tensors="pt").to(self._lm.device)
             run = self._verdicts if requests[0].choices else self._generate
-            for n, reply in zip(fits, run([requests[n] for n in fits], encoded), strict=True):
-                replies[n] = replace(reply, prompt_tokens=len(tokens[n]))
+            with torch.inference_mode():
+                for n, reply in zip(fits, run([requests[n] for n in fits], encoded), strict=True):
+                    replies[n] = replace(reply, prompt_tokens=len(tokens[n]))
         return replies
 
     def _generate(self, requests: list[Request], encoded: Any) -> list[Reply]:
-        """Decode until every request ends. One that has ended leaves the batch, so that a single
-        long reply does not make all others cost as much."""
         import torch
 
-        mask, temperature = encoded["attention_mask"], requests[0].temperature
-        running = list(range(len(requests)))  # request of each row of the batch
-        written: list[list[int]] = [[] for _ in requests]
-        inputs = {"input_ids": encoded["input_ids"], "position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
-        cache = None
-        with torch.inference_mode():
-            while running and not self._stop.is_set():
-                step = self._lm(**inputs, attention_mask=mask, past_key_values=cache, use_cache=True, logits_to_keep=1)
-                cache, logits = step.past_key_values, step.logits[:, -1].float()
-                if temperature > 0:
-                    tokens = torch.multinomial((logits / temperature).softmax(1), 1)
-                else:
-                    tokens = logits.argmax(1, keepdim=True)
-                for request, token in zip(running, tokens[:, 0].tolist(), strict=True):
-                    written[request].append(token)
-                going = [row for row, n in enumerate(running) if not self._ended_at(written[n], requests[n].max_tokens)]
-                positions = mask.sum(1, keepdim=True)
-                if len(going) < len(running):
-                    keep = torch.tensor(going, dtype=torch.long, device=mask.device)
-                    running = [running[row] for row in going]
-                    mask, tokens, positions = mask[keep], tokens[keep], positions[keep]
-                    if running:
-                        cache.batch_select_indices(keep)
-                inputs = {"input_ids": tokens, "position_ids": positions}
-                mask = torch.cat([mask, torch.ones_like(positions)], dim=1)
-        replies = []
-        for tokens_of in written:
-            complete = bool(tokens_of) and tokens_of[-1] in self._ends
-            text = str(self._tokenizer.decode(tokens_of, skip_special_tokens=True)).strip()
-            reason = "length" if not complete else "" if text else "empty"
-            replies.append(Reply(text, reason, "stop" if complete else "length", completion_tokens=len(tokens_of) - complete))
-        return replies
+        def stopped(ids: Any, scores: Any, **_: Any) -> Any:
+            return torch.full((len(ids),), self._stop.is_set(), device=ids.device)
 
-    def _ended_at(self, tokens: list[int], limit: int) -> bool:
-        return tokens[-1] in self._ends or len(tokens) >= limit
+        temperature = requests[0].temperature
+        sampling = (
+            {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature else {"do_sample": False}
+        )
+        made = self._lm.generate(
+            **encoded, **sampling, max_new_tokens=max(request.max_tokens for request in requests),
+            eos_token_id=list(self._ends), pad_token_id=self._tokenizer.pad_token_id, stopping_criteria=[stopped],
+        )  # fmt: skip
+        replies = []
+        for request, row in zip(requests, made[:, encoded["input_ids"].shape[1] :].tolist(), strict=True):
+            length = next((n for n, token in enumerate(row) if token in self._ends), None)
+            complete = length is not None and length < request.max_tokens
+            row = row[: length if complete else request.max_tokens]
+            text = str(self._tokenizer.decode(row, skip_special_tokens=True)).strip()
+            reason = "length" if not complete else "" if text else "empty"
+            replies.append(Reply(text, reason, "stop" if complete else "length", completion_tokens=len(row)))
+        return replies
 
     def _verdicts(self, requests: list[Request], encoded: Any) -> list[Reply]:
         """The likeliest choice of each request, from the first token's logits."""
-        import torch
-
-        with torch.inference_mode():
-            logits = self._lm(**encoded, logits_to_keep=1).logits[:, -1].float()
+        logits = self._lm(**encoded, logits_to_keep=1).logits[:, -1].float()
         replies = []
         for request, row in zip(requests, logits, strict=True):
             scores = {}
