@@ -142,12 +142,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "texts teach the query which passages of the corpus are near (default: distill, of a late-interaction encoder cluster)",
     )
     parser.add_argument("--view-weight", type=float, help=f"weight of the LLM's texts in the loss (default: {VIEW_WEIGHT})")
-    parser.add_argument(
-        "--corpus-weight",
-        type=float,
-        default=0.3,
-        help="weight of gold passages against the corpus in --loss distill (default: %(default)s)",
-    )
+    weight = "weight of gold passages against the corpus in distill (default: %(default)s)"
+    parser.add_argument("--corpus-weight", type=float, default=0.3, help=weight)
     parser.add_argument(
         "--candidates",
         type=int,

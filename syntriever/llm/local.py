@@ -100,7 +100,8 @@ class LocalTeacher:
         self._tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left", **extra)
         if self._tokenizer.pad_token is None:
             self._tokenizer.pad_token = self._tokenizer.eos_token
-        self._lm = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **extra).to(device).eval()
+        lm: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **extra)
+        self._lm = lm.to(device).eval()
         # Chat models often end on another token than their tokenizer names.
         ends = self._lm.generation_config.eos_token_id or []
         self._ends = {self._tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
