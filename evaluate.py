@@ -42,6 +42,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--ks", help=f"cut-offs of the measures (default: {','.join(map(str, metrics.KS))})")
     parser.add_argument("--trained-on", metavar="DATASET", help="evaluate X-sft and X-final trained on this dataset (zero-shot)")
     parser.add_argument("--push-to-hub", metavar="OWNER/NAME", help="upload the one checkpoint, with its scores, to the Hub")
+    bm25.add_language(parser)
     options.add_encoding_options(parser)
     args = parser.parse_args(argv)
     names = list(dict.fromkeys(map(download.named, args.names)))
@@ -78,7 +79,8 @@ class Inputs:
 
 
 def main(args: argparse.Namespace) -> None:
-    cli.check_positive(args, "max_length", "batch_tokens")
+    options.check_encoding_options(args)
+    bm25.check_language(args.language)
     wanted = parse_ks(args.ks) if args.ks is not None else metrics.KS
     datasets = [part for name in args.datasets for part in download.parts(name)]
     refs: dict[tuple[str, str], models.ModelRef] = {}
@@ -87,7 +89,8 @@ def main(args: argparse.Namespace) -> None:
         dataset.ensure(ds)
         for model in args.models:
             if model != "bm25":
-                refs[model, ds] = models.resolve(model, args.trained_on or ds, args.name if len(args.models) == 1 else None)
+                name = args.name if len(args.models) == 1 else None
+                refs[model, ds] = models.resolve(model, args.trained_on or ds, name, args.query_prefix, args.passage_prefix)
                 models.check_backend(refs[model, ds], args.backend)
                 forced[model, ds] = lineage.check_fresh(refs[model, ds].weights, args.force)
         dataset.load_qrels(ds, args.split)
@@ -169,7 +172,7 @@ def retrieve(
         settings = encoder.settings() | {"dtype": args.dtype}
         found = search.top_k(encoder, data.corpus, ref.embeddings(data.name), data.queries, wanted, args.dtype)
     else:
-        found = bm25.run(data.corpus, data.queries, wanted) if processes.rank() == 0 else []
+        found = bm25.run(data.corpus, data.queries, wanted, args.language) if processes.rank() == 0 else []
     if drop_self:
         terminal.say(f"note:  a query of {data.name} is itself a passage; it is left out of its own results, as BEIR does")
         found = ((query, [hit for hit in hits if hit[0] != query][:k]) for query, hits in found)
@@ -202,7 +205,7 @@ def measure(
     tests = {other: metrics.paired_test(measures[name], values[name]) for other, values in before.items()}
     result: dict[str, Any] = {
         "model": shown,
-        "checkpoint": ref.where if ref else "bm25s, k1 0.9, b 0.4",
+        "checkpoint": ref.where if ref else f"bm25s, k1 0.9, b 0.4, {args.language}",
         "encoder": encoder,
         "dataset": ds,
         "split": args.split,

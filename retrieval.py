@@ -39,10 +39,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(args: argparse.Namespace) -> None:
-    cli.check_positive(args, "max_length", "batch_tokens", "recall")
+    options.check_encoding_options(args)
+    cli.check_positive(args, "recall")
     if args.recall > 1:
         raise BadInput(f"--recall {args.recall:g} is a share, at most 1")
-    ref = models.resolve(args.model, args.dataset, args.name)
+    ref = models.resolve(args.model, args.dataset, args.name, args.query_prefix, args.passage_prefix)
     models.check_backend(ref, args.backend)
     if args.index and ref.late:
         raise BadInput("--index: a late-interaction encoder is searched exactly, by MaxSim")

@@ -216,7 +216,7 @@ def synthetic_texts(row: jsonl.Row | None, args: argparse.Namespace) -> tuple[li
 def main(args: argparse.Namespace) -> None:
     options.check_training_options(args)
     cli.check_positive(args, "candidates")
-    ref = models.resolve(args.model, args.dataset, args.name)
+    ref = models.resolve(args.model, args.dataset, args.name, args.query_prefix, args.passage_prefix)
     args.loss = args.loss or ("cluster" if ref.late else "distill")
     if args.view_weight is None:
         args.view_weight = VIEW_WEIGHT.get(args.loss)

@@ -188,7 +188,7 @@ def main(args: argparse.Namespace) -> None:
     options.check_training_options(args)
     if args.beta < 0:
         raise BadInput(f"--beta must not be negative, got {args.beta}")
-    ref = models.resolve(args.model, args.dataset, args.name)
+    ref = models.resolve(args.model, args.dataset, args.name, args.query_prefix, args.passage_prefix)
     typed = download.as_typed(args.dataset)
     source = args.preferences.resolve() if args.preferences else paths.preferences(ref.name, args.dataset)
     if args.preferences and not source.is_file():

@@ -8,11 +8,13 @@ import json
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from syntriever.data import download
+from syntriever.encode import kinds, prefixes
+from syntriever.encode.prefixes import BGE, E5, NONE
 from syntriever.errors import BadInput
 from syntriever.files import jsonl, paths
 from syntriever.run import terminal
@@ -21,11 +23,7 @@ if TYPE_CHECKING:
     from sentence_transformers import MultiVectorEncoder, SentenceTransformer
     from torch import Tensor
 
-E5 = ("query: ", "passage: ")
-
-BGE = ("Represent this sentence for searching relevant passages: ", "")
-
-NONE = ("", "")
+DEFAULT_LENGTH = 512  # tokens of a text, where neither encoder nor tokenizer has a limit
 
 # alias -> (Hub id, (query prefix, passage prefix)). E5 without its prefixes loses a lot.
 ALIASES: dict[str, tuple[str, tuple[str, str] | None]] = {
@@ -46,8 +44,9 @@ class ModelRef:
 
     name: str
     where: str  # folder or Hub id
-    prefixes: tuple[str, str] | None = None  # None: as the checkpoint says
+    prefixes: prefixes.Prefixes | None = None  # where the checkpoint itself says nothing
     alias: str = ""  # under which its embeddings lie, whatever `--name` says
+    given: tuple[str | None, str | None] = (None, None)  # the prefixes of the command line, before all others
 
     @property
     def folder(self) -> Path | None:
@@ -68,9 +67,9 @@ class ModelRef:
         """Whether it is a late-interaction encoder: ColBERT's, PyLate's or sentence-transformers' format."""
         if self.folder is None:
             return self.where == ALIASES["colbert"][0]
-        kinds = [_setting(self.folder / "config.json", "architectures")]
-        kinds.append(_setting(self.folder / "config_sentence_transformers.json", "model_type"))
-        return any(kind in (["HF_ColBERT"], "ColBERT", "MultiVectorEncoder") for kind in kinds)
+        said = [kinds.content(self.folder / "config.json").get("architectures")]
+        said.append(kinds.content(self.folder / "config_sentence_transformers.json").get("model_type"))
+        return any(kind in (["HF_ColBERT"], "ColBERT", "MultiVectorEncoder") for kind in said)
 
 
 def is_own(model: str) -> bool:
@@ -78,11 +77,17 @@ def is_own(model: str) -> bool:
     return model.endswith(("-sft", "-final")) and "/" not in model
 
 
-def resolve(model: str, ds: str, name: str | None = None) -> ModelRef:
+def resolve(
+    model: str, ds: str, name: str | None = None, query_prefix: str | None = None, passage_prefix: str | None = None
+) -> ModelRef:
     """Find a model by alias, own name (`e5-sft`: `output/e5-sft-<ds>/`), folder or Hub id.
 
     Nothing is loaded. Raises `BadInput` naming what is missing and the command that makes it.
     """
+    return replace(_find(model, ds, name), given=(query_prefix, passage_prefix))
+
+
+def _find(model: str, ds: str, name: str | None) -> ModelRef:
     if name is not None:
         paths.check_name(name, "model")
     if is_own(model) and not Path(model).is_dir():
@@ -105,16 +110,14 @@ def resolve(model: str, ds: str, name: str | None = None) -> ModelRef:
         return ModelRef(name or model, *ALIASES[model], model)
     if Path(model).is_dir():
         folder = Path(model).resolve()
-        if not (folder / "config.json").is_file() or not list(folder.glob("*.safetensors")):
-            raise BadInput(f"{model} is not a checkpoint: it needs config.json and model.safetensors")
-        for pickled in folder.glob("*_*/pytorch_model.bin"):  # of a Dense layer, say
-            if not (pickled.parent / "model.safetensors").is_file():
-                raise BadInput(f"{pickled} is a pickle, which could run code; convert it to model.safetensors")
-        return ModelRef(paths.check_name(name or folder.name, "model"), str(folder), _prefixes_of(folder.name))
+        kinds.check_folder(model, folder)
+        # A checkpoint of this project says its prefixes, also where it says that there are none.
+        known = None if paths.run_json(folder).is_file() else prefixes.of_name(folder.name)
+        return ModelRef(paths.check_name(name or folder.name, "model"), str(folder), known)
     if re.fullmatch(r"[\w.-]+/[\w.-]+", model):
         known = dict(ALIASES.values()).get(model)
         short = model.split("/")[1]
-        return ModelRef(paths.check_name(name or short.lower(), "model"), model, known or _prefixes_of(short))
+        return ModelRef(paths.check_name(name or short.lower(), "model"), model, known or prefixes.of_name(short))
     raise BadInput(
         f"unknown model {model!r}: not a folder, not a Hub id (owner/name), and not one of {', '.join(ALIASES)}, X-sft, X-final"
     )
@@ -125,55 +128,73 @@ def check_backend(ref: ModelRef, backend: str) -> None:
         raise BadInput(f"--backend {backend}: {ref.name} is a late-interaction encoder, which runs on torch only")
 
 
-def _prefixes_of(name: str) -> tuple[str, str] | None:
-    """E5 checkpoints do not carry their prefixes, so they are known by name."""
-    return E5 if re.match(r"(multilingual-)?e5-(small|base|large)(?!.*instruct)", name) else None
-
-
-def _setting(path: Path, name: str) -> Any:
-    """A setting of a JSON file; None where there is none."""
-    try:
-        return json.loads(path.read_bytes()).get(name)
-    except (OSError, ValueError, AttributeError):
-        return None
-
-
 def load(ref: ModelRef, device: str | None = None, max_length: int | None = None) -> SentenceTransformer | MultiVectorEncoder:
     """Encoder with normalised output and its prefixes in `prompts`.
 
-    A checkpoint without pooling settings gets mean pooling (E5, Contriever). Only safetensors are
-    read and no code of the checkpoint runs. `max_length` is in tokens.
+    Weights are float32, whatever the file holds: a small step is lost on a half-precision weight. A checkpoint
+    without pooling settings gets mean pooling (E5, Contriever). Only safetensors are read and no code of the
+    checkpoint runs. `max_length` is in tokens.
     """
     import torch
     from sentence_transformers import MultiVectorEncoder, SentenceTransformer
     from sentence_transformers.sentence_transformer.modules import Normalize
+    from sentence_transformers.util import load_file_path
     from transformers.utils import logging
 
     # The gradients of a loss near 0 are denormal floats, on which a CPU computes many times slower.
     # Set before the first parallel operation: the worker threads inherit it.
     torch.set_flush_denormal(True)
     logging.disable_progress_bar()
+    if ref.folder is None:
+        kinds.check(ref.name, lambda file: load_file_path(ref.where, file))
     model: Any
     try:
         kind: Any = MultiVectorEncoder if ref.late else SentenceTransformer
-        model = kind(ref.where, device=device, trust_remote_code=False, model_kwargs={"use_safetensors": True})
-    except (OSError, ValueError, RuntimeError, AssertionError) as error:  # the last two: of --device
+        how = {"use_safetensors": True, "dtype": torch.float32}
+        model = kind(ref.where, device=device, trust_remote_code=False, model_kwargs=how).float()
+    except Exception as error:  # whatever the libraries make of a file that is not what it should be
         first = (str(error).strip() or repr(error)).splitlines()[0]
         raise BadInput(f"cannot load {ref.name} from {ref.where} to {device or 'the default device'}: {first}") from error
     if not ref.late and not any(isinstance(module, Normalize) for module in model):
         model.append(Normalize())
-    if not getattr(model[1], "include_prompt", True):
-        raise BadInput(f"{ref.name}: its pooling leaves out the prompt (include_prompt false), which is not supported here")
-    query, passage = ref.prefixes or (model.prompts.get("query") or "", model.prompts.get("document") or "")
-    model.prompts = {"query": query, "document": passage}
+    if not all(getattr(module, "include_prompt", True) for module in model):
+        raise BadInput(
+            f"{ref.name}: its pooling leaves out the prompt (include_prompt false), which is not supported here. Train it "
+            "with the prompt: set include_prompt to true in the config.json of its pooling, in a copy of the folder"
+        )
+    if not ref.late and ref.folder and not ref.prefixes and not (ref.folder / "modules.json").is_file():
+        terminal.say(f"note:  {ref.name} has no modules.json, which would name its pooling; it gets {model[1].pooling_mode}")
+    if model.tokenizer.pad_token is None:  # the attention mask hides it
+        model.tokenizer.pad_token = model.tokenizer.eos_token or model.tokenizer.unk_token
+    if model.tokenizer.pad_token is None:
+        raise BadInput(f"{ref.name}: its tokenizer has no padding token; name one as pad_token in tokenizer_config.json")
+    model.prompts, model.default_prompt_name = prefixes.choose(model, ref.name, ref.prefixes, ref.given), None
+    limit = _limit(model)
+    if not model.max_seq_length or model.max_seq_length > (limit or 1_000_000):  # a tokenizer without a limit says 10^30
+        model.max_seq_length = limit or DEFAULT_LENGTH
+        if not limit and not max_length:
+            terminal.say(f"note:  {ref.name} reads texts of any length; --max-length {DEFAULT_LENGTH} is used")
     if max_length:
         _set_length(model, max_length)
     return model
 
 
+def _limit(model: Any) -> int | None:
+    """Tokens of the longest text that the encoder can read; None where positions are relative (T5)."""
+    encoder = model[0].auto_model
+    rows: int = getattr(encoder.config, "max_position_embeddings", None) or -1
+    relative = getattr(encoder.config, "relative_attention", False) and not encoder.config.position_biased_input
+    if rows < 0 or relative:
+        return None
+    # RoBERTa and its kin count positions from padding_idx + 1.
+    tables = [module for module in encoder.modules() if getattr(module, "position_embeddings", None) is not None]
+    unused = [module.padding_idx + 1 for module in tables if isinstance(getattr(module, "padding_idx", None), int)]
+    return rows - max(unused, default=0)
+
+
 def _set_length(model: Any, max_length: int) -> None:
-    limit = getattr(model[0].auto_model.config, "max_position_embeddings", max_length)
-    if max_length > limit:
+    limit = _limit(model)
+    if limit and max_length > limit:
         raise BadInput(f"--max-length {max_length}: this encoder reads at most {limit} tokens")
     model.max_seq_length = max_length
     if model[0].document_length:
@@ -216,7 +237,7 @@ def tokenize(model: Any, texts: Sequence[tuple[str, str]]) -> list[list[int]]:
 def pad(model: Any, texts: Sequence[tuple[str, str]], ids: Sequence[list[int]]) -> dict[str, Tensor]:
     """What `forward` takes, of texts (all queries or all documents where `is_late`) and their `tokenize`."""
     if not is_late(model):
-        return dict(model.tokenizer.pad({"input_ids": ids}, return_tensors="pt"))
+        return dict(model.tokenizer.pad({"input_ids": ids}, return_attention_mask=True, return_tensors="pt"))
     kind = texts[0][0]
     features = model.preprocess([text for _, text in texts], prompt=model.prompts[kind] or None, task=kind)
     return {name: value for name, value in features.items() if hasattr(value, "to")}

@@ -23,10 +23,7 @@ def add_encoding_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--dtype", choices=("float32", "float16"), default="float32", help="of the vectors on disk (default: %(default)s)"
     )
-    group.add_argument("--device", help="cpu, cuda, cuda:1, mps (default: the best there is)")
-    group.add_argument("--name", help="short name for file names, where the model is a folder or a Hub id")
-    group.add_argument("--strict", action="store_true", help="refuse judgements of ids that the dataset lacks")
-    group.add_argument("--force", action="store_true", help="go on where a checkpoint is stale")
+    _add_common_options(group)
 
 
 def add_training_options(parser: argparse.ArgumentParser, *, epochs: float, batch_size: int, lr: float) -> None:
@@ -56,11 +53,23 @@ def add_training_options(parser: argparse.ArgumentParser, *, epochs: float, batc
         "--save-minutes", type=float, default=15, help="minutes between checkpoints, beside epochs (default: %(default)s)"
     )
     group.add_argument("--compile", action="store_true", help="compile the encoder (pays on a GPU, for long runs)")
-    group.add_argument("--device", help="cpu, cuda, cuda:1, mps (default: the best there is)")
     group.add_argument("--seed", type=int, default=42, help="seed of order and dropout (default: %(default)s)")
+    _add_common_options(group)
+
+
+def _add_common_options(group: argparse._ArgumentGroup) -> None:
+    """Options of all stages that have an encoder."""
+    for side, what in (("query", "query"), ("passage", "passage or written text")):
+        group.add_argument(f"--{side}-prefix", metavar="TEXT", help=f"put before each {what} (default: the model's own)")
+    group.add_argument("--device", help="cpu, cuda, cuda:1, mps (default: the best there is)")
     group.add_argument("--name", help="short name for file names, where the model is a folder or a Hub id")
     group.add_argument("--strict", action="store_true", help="refuse judgements of ids that the dataset lacks")
     group.add_argument("--force", action="store_true", help="go on where an input is stale")
+
+
+def check_encoding_options(args: argparse.Namespace) -> None:
+    cli.check_positive(args, "max_length", "batch_tokens")
+    _check_device(args.device)
 
 
 def check_training_options(args: argparse.Namespace) -> None:
@@ -69,3 +78,17 @@ def check_training_options(args: argparse.Namespace) -> None:
     )
     if not 0 <= args.warmup < 1:
         raise BadInput(f"--warmup is a share between 0 and 1, not {args.warmup}")
+    _check_device(args.device)
+
+
+def _check_device(device: str | None) -> None:
+    """`BadInput` where this machine has no such device, before anything is read."""
+    if device in (None, "cpu"):
+        return
+    import torch
+
+    there, found = ["cpu"], torch.accelerator.current_accelerator(check_available=True)
+    if found:
+        there += [found.type, *(f"{found.type}:{number}" for number in range(torch.accelerator.device_count()))]
+    if device not in there:
+        raise BadInput(f"--device {device}: not one of those that torch finds on this machine: {', '.join(there)}")
