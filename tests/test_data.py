@@ -552,6 +552,7 @@ def test_resuming_needs_the_same_settings(data, capsys):
     assert (output.read_text(), lineage.load_record(output)["settings"]) == ('{"a": "old"}\n', settings)
     assert not resumes(llm="o3", force=True)
     assert (output.exists(), (data / "out.jsonl.old").read_text()) == (False, '{"a": "old"}\n')
+    assert lineage.load_record(data / "out.jsonl.old")["settings"] == settings
     assert "it is kept as out.jsonl.old" in capsys.readouterr().out
     output.write_text('{"a": "new"}\n')
     assert resumes(llm="o3", force=True)  # nothing has changed, so nothing is set aside

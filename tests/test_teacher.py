@@ -440,8 +440,9 @@ def test_dry_run_writes_and_sends_nothing(lab, run, script):
         assert dry() == first
         changed = ["--seed", 7] if script == COMPARISON else ["--prompts", lab / "datasets/prompts.json"]
         (lab / "datasets/prompts.json").write_text('{"cot": "Search for {query}!"}')
-        dry(*changed, code=2)
-        assert "it is kept as" in dry(*changed, "--force")
+        assert "--force starts anew" in (said := dry(*changed))  # what an edit would cost
+        assert said == dry(*changed, "--force")
+        assert "not paid again" in run(server, script, *changed, code=2)
         assert "recorded answers cost nothing" in dry("--llm", "replay", "--ledger", ledger, "--force")
 
 

@@ -56,7 +56,7 @@ class Record:
 
         Otherwise `BadInput` names what changed; `force` sets the old file aside. Changed inputs
         (`reads`) count as changed settings. From here on until `write`, the output is unfinished;
-        with `dry_run` nothing is touched.
+        with `dry_run` nothing is touched, and it is as if forced.
         """
         self.settings = settings | {name: read["sha256"][:12] for name, read in self.inputs.items()}
         resumed = output.is_file() and output.stat().st_size > 0
@@ -72,13 +72,16 @@ class Record:
                 message = f"{paths.shown(output)} was made with other settings: {changed}" if changed else ""
             names = itertools.chain([f"{output.name}.old"], (f"{output.name}.old{n}" for n in itertools.count(2)))
             aside = next(path for path in map(output.with_name, names) if not path.exists())
-            if message and not force:
-                raise BadInput(f"{message}.\nPass --force to start anew (the old file is kept as {aside.name})")
+            if message and not (force or dry_run):
+                kept = f"the old file is kept as {aside.name}, and replies that are in the ledger are not paid again"
+                raise BadInput(f"{message}.\nPass --force to start anew: {kept}")
             if message:
-                terminal.say(f"note:  {message}; it is kept as {aside.name}")
                 resumed = False
+                terminal.say(f"note:  {message}; " + ("--force starts anew" if dry_run else f"it is kept as {aside.name}"))
                 if not dry_run:
                     output.rename(aside)
+                    if was is not None:
+                        paths.run_json(output).rename(paths.run_json(aside))
         if not dry_run:
             self.write(output, complete=False)
         return resumed
