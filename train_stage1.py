@@ -1,4 +1,4 @@
-"""Stage 1: distil the LLM's texts into an encoder with the cluster loss (paper, section 3.3).
+"""Stage 1: distil the LLM's texts into an encoder (paper, section 3.3, with `--paper`).
 
 Reads    datasets/<dataset>/, datasets/<dataset>_synthetic.jsonl
 Writes   output/<model>-sft-<dataset>/   checkpoint, run.json, log.jsonl, loss.png
@@ -113,7 +113,9 @@ def view_distillation(query: Tensor, candidates: Tensor, views: Tensor, told: Te
     return -(target * scores.log_softmax(1)).sum(1).masked_fill(~told, 0.0).mean()
 
 
+# Name -> function of what `score_candidates` returns, or None: `make_loss` has a branch for it.
 LOSSES = {"snn": snn_of, "infonce": info_nce_of, "authors": authors_of, "cluster": None, "distill": None}
+WITHOUT_TEXTS = {"infonce"}
 
 # -----------------------------------------------------------------------------------------------
 
@@ -224,7 +226,7 @@ def main(args: argparse.Namespace) -> None:
         raise BadInput("--loss distill needs one vector a text; a late-interaction encoder trains with --loss snn or cluster")
     dataset.ensure(args.dataset, fetch=False)
     source = paths.synthetic(args.dataset)
-    used = not (args.no_synthetic or args.loss == "infonce")
+    used = not (args.no_synthetic or args.loss in WITHOUT_TEXTS)
     typed = download.as_typed(args.dataset)
     if used and not (source.is_file() and source.stat().st_size):
         command = terminal.command("datasets/parse_synthetic.py", typed)
@@ -247,10 +249,8 @@ def train(args: argparse.Namespace, ref: models.ModelRef, source: Path | None, o
     synthetic = jsonl.Table(source, "query_id", SYNTHETIC) if source else None
     record.reads(*dataset.files(args.dataset, "train", "dev"), *([source] if source else []), *ref.weights)
     complete = sum(query in synthetic for query, _ in rows) if synthetic else 0
-    terminal.say(
-        f"read   {len(rows)} training rows of {args.dataset}, {complete} of them with synthetic texts beside the gold passage"
-    )
-
+    told = f"{complete} of them with synthetic texts beside the gold passage"
+    terminal.say(f"read   {len(rows)} training rows of {args.dataset}, {told}")
     resume = checkpoint.find(output, record, args)
     device = processes.start(args.device)
     from syntriever.train import bank, batching, frozen, journal, loop

@@ -53,7 +53,7 @@ PROMPTS = {
 GENERATION_TEMPERATURE = 0.7
 VERDICT_TEMPERATURE = 0.0
 GENERATION_MAX_TOKENS = 400
-VERDICT_MAX_TOKENS = 16
+VERDICT_MAX_TOKENS = 32  # a verdict as JSON is 21 tokens to a small tokenizer
 
 # -----------------------------------------------------------------------------------------------
 

@@ -44,7 +44,7 @@ PROMPT = (
     "Answer with one word: 1, 2, or tie when neither is better."
 )
 TEMPERATURE = 0.0
-MAX_TOKENS = 16
+MAX_TOKENS = 32  # a verdict as JSON is 21 tokens to a small tokenizer
 MAX_PASSAGE_CHARACTERS = 3000  # a longer passage is cut here, for the judge only
 
 # -----------------------------------------------------------------------------------------------

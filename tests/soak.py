@@ -22,6 +22,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.append(str(ROOT / "tests"))
+from llama_server import llama_server, smollm2
 from llm_server import LLMServer
 
 # All that passes when the request is sent again.
@@ -129,15 +130,57 @@ def storm(home: Path, seconds: dict[str, float], kills: int, rng: random.Random)
         print(f"disturbed: the teacher answered {len(server.requests):,} requests, {failed:,} of them with a fault", flush=True)
 
 
+LLAMA = ["--limit", "20", "--max-failure-rate", "1"]  # the model is too small to be good
+LLAMA_STAGES: list[tuple[list[str], str, int]] = [  # command, its ledger, replies before the kill
+    (["datasets/build_pydocs.py"], "", 0),
+    (
+        ["datasets/parse_synthetic.py", "pydocs", "--max-tokens", "150", *LLAMA, "LLM"],
+        "datasets/pydocs_synthetic.ledger.jsonl",
+        25,
+    ),
+    (["retrieval.py", "minilm", "pydocs", *SHORT], "", 0),
+    (
+        ["stage2/parse_comparison.py", "pydocs", "--model", "minilm", "--k", "3", *LLAMA, "LLM"],
+        "stage2/pydocs_preferences.ledger.jsonl",
+        20,
+    ),
+]
+
+
+def llama(home: Path) -> None:
+    """20 queries through llama.cpp's server, each LLM stage killed once: no reply is lost, none is asked for again."""
+    with llama_server(smollm2(), slots=4) as url:
+        for command, ledger, enough in LLAMA_STAGES:
+            before = b""
+            if ledger:
+                process = start(command, home, url, home / "log")
+                while (home / ledger).is_file() is False or (home / ledger).read_bytes().count(b"\n") < enough:
+                    check(process.poll() is None, f"{command[0]} ended before it was killed", home / "log")
+                    time.sleep(0.05)
+                os.killpg(process.pid, 9)
+                process.wait()
+                before = (home / ledger).read_bytes().rpartition(b"\n")[0]
+            found = []
+            for _ in range(2 if ledger else 1):
+                code = start(command, home, url, home / "log").wait()
+                check(code == 0, f"{command[0]} with llama.cpp: exit {code}", home / "log")
+                found.append((home / ledger).read_bytes() if ledger else b"")
+            keys = [json.loads(line)["key"] for line in found[0].splitlines()]
+            check(found[0].startswith(before), f"{ledger} lost replies", home / "log")
+            check(found[0] == found[-1] and len(keys) == len(set(keys)), f"{ledger}: a reply was paid twice", home / "log")
+            print(f"llama.cpp: {command[0]}{f', killed after {enough} of {len(keys)} replies' if ledger else ''}", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=5, help="of each stage at most (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of their moments (default: %(default)s)")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        homes = [Path(folder) / name for name in ("calm", "storm")]
+        homes = [Path(folder) / name for name in ("calm", "storm", "llama")]
         for home in homes:
             home.mkdir()
+        llama(homes.pop())
         storm(homes[1], calm(homes[0]), args.kills, random.Random(args.seed))
         expected, found = map(outcome, homes)
         other = [name for name in expected if expected[name] != found[name]]

@@ -129,7 +129,9 @@ def with_dense(folder, dtype):
 
 
 def of(folder):
-    return {f"{path.parent.name} {name}": value for path in folder.rglob("*.safetensors") for name, value in load_file(path).items()}
+    return {
+        f"{path.parent.name} {name}": value for path in folder.rglob("*.safetensors") for name, value in load_file(path).items()
+    }
 
 
 @pytest.mark.parametrize("stage", ["train_stage1.py", "train_stage2.py"])
@@ -246,7 +248,9 @@ def test_the_prefix_changes_the_vectors_and_the_default_of_a_checkpoint_can_be_s
     load(copy(tiny_encoder, "plain")).save_pretrained(str(folder))
     setting(folder, "config_sentence_transformers.json", prompts={"search_query": "sq: "}, default_prompt_name="search_query")
     model = load(folder)
-    np.testing.assert_array_equal(Encoder(model)(["a set"], "query"), Encoder(load(folder, query_prefix=""))(["sq: a set"], "query"))
+    np.testing.assert_array_equal(
+        Encoder(model)(["a set"], "query"), Encoder(load(folder, query_prefix=""))(["sq: a set"], "query")
+    )
     models.save(model, tmp_path / "saved", "")
     assert load(tmp_path / "saved").prompts == {"query": "sq: ", "document": ""}
     corpus, base = Corpus("tiny"), tmp_path / "embeddings"
@@ -296,7 +300,9 @@ def test_every_architecture_goes_through_the_stages(home, folder_of, own_prefere
 
 @pytest.mark.parametrize("stage", ["train_stage1.py", "retrieval.py", "evaluate.py"])
 def test_a_length_of_the_config_that_is_two_too_long_is_refused(home, folder_of, run_script, stage):
-    code, _, err = run_script(stage, folder_of("roberta"), "tiny", "--max-length", "66", *(["--ks", "5"] if "eval" in stage else []))
+    code, _, err = run_script(
+        stage, folder_of("roberta"), "tiny", "--max-length", "66", *(["--ks", "5"] if "eval" in stage else [])
+    )
     assert code == 2
     assert "at most 64 tokens" in err
 
@@ -312,7 +318,9 @@ def test_a_tokenizer_with_nothing_to_pad_with_is_refused(folder_of, copy):
 
 
 @pytest.mark.parametrize("device", ["gpu", "cuda:99", "mps:7", "CPU", "0"])
-@pytest.mark.parametrize("command", ["train_stage1.py minilm", "train_stage2.py minilm", "retrieval.py minilm", "evaluate.py bm25"])
+@pytest.mark.parametrize(
+    "command", ["train_stage1.py minilm", "train_stage2.py minilm", "retrieval.py minilm", "evaluate.py bm25"]
+)
 def test_a_device_that_is_not_there_is_refused_before_the_data(home, run_script, device, command):
     code, out, err = run_script(*command.split(), "tiny", "--device", device)
     assert code == 2
