@@ -111,7 +111,7 @@ class Journal:
         if epoch and value > self.best:
             self.best, self.best_epoch = value, epoch
             with jsonl.atomic(self._best_file()) as file:
-                file.write(serialize({name: tensor.cpu().contiguous() for name, tensor in model.state_dict().items()}))
+                file.write(serialize({name: tensor.cpu().contiguous().clone() for name, tensor in model.state_dict().items()}))
 
     def _best_file(self) -> Path:
         return self.work / f"best-{self.best_epoch:g}.safetensors"
