@@ -56,9 +56,8 @@ def check(name: str, find: Callable[[str], str | Path | None]) -> str:
 def check_folder(model: str, folder: Path) -> None:
     """`BadInput` where a folder is no encoder of safetensors."""
     root = folder / check(model, lambda name: folder / name)
-    for pickled in sorted(
-        [*root.glob("pytorch_model*.bin"), *folder.glob("*_*/pytorch_model.bin")]
-    ):  # the latter of a Dense layer, say
+    pickles = [*root.glob("pytorch_model*.bin"), *folder.glob("*_*/pytorch_model.bin")]  # the latter of a Dense layer, say
+    for pickled in sorted(pickles):
         if not list(pickled.parent.glob("*.safetensors")):
             raise BadInput(f"{pickled} {CONVERT.format(model)}")
     if not (root / "config.json").is_file() or not list(root.glob("*.safetensors")):

@@ -145,13 +145,15 @@ def load(ref: ModelRef, device: str | None = None, max_length: int | None = None
     # Set before the first parallel operation: the worker threads inherit it.
     torch.set_flush_denormal(True)
     logging.disable_progress_bar()
-    if ref.folder is None:
-        kinds.check(ref.name, lambda file: load_file_path(ref.where, file))
     model: Any
     try:
+        if ref.folder is None:
+            kinds.check(ref.name, lambda file: load_file_path(ref.where, file))
         kind: Any = MultiVectorEncoder if ref.late else SentenceTransformer
         how = {"use_safetensors": True, "dtype": torch.float32}
         model = kind(ref.where, device=device, trust_remote_code=False, model_kwargs=how).float()
+    except BadInput:
+        raise
     except Exception as error:  # whatever the libraries make of a file that is not what it should be
         first = (str(error).strip() or repr(error)).splitlines()[0]
         raise BadInput(f"cannot load {ref.name} from {ref.where} to {device or 'the default device'}: {first}") from error
@@ -231,7 +233,7 @@ def tokenize(model: Any, texts: Sequence[tuple[str, str]]) -> list[list[int]]:
     """Token ids of ("query" or "document", text) each, as a single-vector encoder reads them."""
     joined = [model.prompts[kind] + text for kind, text in texts]
     ids: list[list[int]] = model.tokenizer(joined, truncation=True, max_length=model.max_seq_length)["input_ids"]
-    return ids
+    return [tokens or [model.tokenizer.pad_token_id] for tokens in ids]  # an empty text, of a tokenizer that marks no end
 
 
 def pad(model: Any, texts: Sequence[tuple[str, str]], ids: Sequence[list[int]]) -> dict[str, Tensor]:
