@@ -74,7 +74,7 @@ def test_a_baseline_that_finds_nothing_says_so(home, run_script):
     write_jsonl(queries, [row | {"text": "zzzz"} for row in rows])
     code, out, err = run_script("evaluate.py", "bm25", "tiny", "--ks", "1")
     assert code == 0, err
-    assert "bm25 finds nothing for 12 of 12 queries" in out
+    assert "12 of 12 queries have no result by bm25" in out
 
 
 def test_an_unknown_language_is_refused_with_the_list(home, run_script):

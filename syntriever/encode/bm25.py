@@ -9,7 +9,6 @@ from collections.abc import Iterable
 from syntriever.data.corpus import Corpus
 from syntriever.data.dataset import Hits
 from syntriever.errors import BadInput
-from syntriever.run import terminal
 
 # Accents and vowel signs: part of a word, but no letters to `\w`.
 MARKS = "".join(mark for mark in map(chr, range(0x300, 0x1_0000)) if unicodedata.category(mark).startswith("M"))
@@ -67,7 +66,5 @@ def run(corpus: Corpus, queries: dict[str, str], k: int, language: str = "englis
     index.index(bm25s.tokenize(list(map(segmented, corpus.texts())), **tokenizer), show_progress=True)
     asked = bm25s.tokenize(list(map(segmented, queries.values())), **tokenizer)
     positions, scores = index.retrieve(asked, k=k, show_progress=True)
-    if silent := int((scores[:, 0] <= 0).sum()):
-        terminal.say(f"note:  bm25 finds nothing for {silent:,} of {len(queries):,} queries")
     for query, row, row_scores in zip(queries, positions, scores, strict=True):
         yield query, [(corpus.id(int(p)), float(s)) for p, s in zip(row, row_scores, strict=True) if s > 0]
