@@ -3,6 +3,7 @@
 import argparse
 import itertools
 import re
+import sys
 import unicodedata
 from collections.abc import Iterable
 
@@ -63,8 +64,9 @@ def run(corpus: Corpus, queries: dict[str, str], k: int, language: str = "englis
     stemmer = None if language == "none" else Stemmer.Stemmer(language)
     tokenizer = {"stopwords": list(stop), "stemmer": stemmer, "token_pattern": WORD, "show_progress": False}
     index = bm25s.BM25(k1=0.9, b=0.4, method="lucene")
-    index.index(bm25s.tokenize(list(map(segmented, corpus.texts())), **tokenizer), show_progress=True)
+    bar = sys.stderr.isatty()  # its own, which fills a log file
+    index.index(bm25s.tokenize(list(map(segmented, corpus.texts())), **tokenizer), show_progress=bar)
     asked = bm25s.tokenize(list(map(segmented, queries.values())), **tokenizer)
-    positions, scores = index.retrieve(asked, k=k, show_progress=True)
+    positions, scores = index.retrieve(asked, k=k, show_progress=bar)
     for query, row, row_scores in zip(queries, positions, scores, strict=True):
         yield query, [(corpus.id(int(p)), float(s)) for p, s in zip(row, row_scores, strict=True) if s > 0]
