@@ -201,8 +201,8 @@ def main(args: argparse.Namespace) -> None:
     output = paths.model_output(f"{final}-{args.dataset}")
     with processes.lock(output):
         train(args, ref, source, output)
-    base = lineage.started_from(ref.folder) if ref.folder and models.is_own(args.model) else None
-    terminal.next_command("evaluate.py", "bm25", *([base] if base else []), args.model, final, typed)
+    before = models.comparable([ref.folder and lineage.started_from(ref.folder), args.model], args.dataset)
+    terminal.next_command("evaluate.py", "bm25", *before, final, typed)
 
 
 def train(args: argparse.Namespace, ref: models.ModelRef, source: Path, output: Path) -> None:

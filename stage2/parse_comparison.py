@@ -186,20 +186,20 @@ def main(args: argparse.Namespace) -> None:
             made = jsonl.read(output, {"query_id": str, "shown": list}, torn=args.dry_run)
             done = jsonl.Seen(str(Pair(row["query_id"], *row["shown"])) for row in made)
 
-        every = todo = short = 0
-        for row in filter(None, map(top.get, chosen)):
-            pairs = pairs_of(row, corpus, args)
-            every, todo = every + len(pairs), todo + sum(str(pair) not in done for pair in pairs)
-            short += len(pairs) < min(args.pairs, args.k * (args.k - 1) // 2)
-        if short:
-            terminal.say(f"note:  {short:,} queries have fewer pairs, because fewer than {args.k} different texts were retrieved")
-
-        def pending() -> Iterator[tuple[Pair, str]]:
+        def wanted() -> Iterator[tuple[Pair, str]]:
             for row in filter(None, map(top.get, chosen)):
-                yield from ((pair, row["query"]) for pair in pairs_of(row, corpus, args) if str(pair) not in done)
+                yield from ((pair, row["query"]) for pair in pairs_of(row, corpus, args))
 
+        every = todo = 0
+        for pair, _ in wanted():
+            every, todo = every + 1, todo + (str(pair) not in done)
+        if not every:
+            raise BadInput(f"{paths.shown(source)}: no query has two passages with different texts to compare")
+        if short := min(args.pairs, args.k * (args.k - 1) // 2) * len(chosen) - every:
+            terminal.say(f"note:  {short:,} pairs fewer: of some queries fewer than {args.k} different texts were retrieved")
         terminal.say(f"read   top {args.k} of {len(chosen):,} queries: {every:,} pairs, {every - todo:,} done, {todo:,} to ask")
-        counts, used = append_rows(output, ledger, pending(), todo, work, teacher, args, unit="pair")
+        pending = (item for item in wanted() if str(item[0]) not in done)
+        counts, used = append_rows(output, ledger, pending, todo, work, teacher, args, unit="pair")
         if args.dry_run:
             return
         terminal.say(f"wrote  {paths.shown(output)}: {counts['written']:,} new preferences of {len(done) + counts['written']:,}")

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from syntriever.data import dataset, download
+from syntriever.encode import models
 from syntriever.files import paths
 from syntriever.run import cli, lineage, terminal
 
@@ -29,7 +30,10 @@ def chain(ds: str, base: str) -> Iterator[tuple[Path, str]]:
     yield paths.top(sft, ds), command("retrieval.py", sft, typed)
     yield paths.preferences(sft, ds), command("stage2/parse_comparison.py", typed, model=sft)
     yield paths.model_output(f"{final}-{ds}"), command("train_stage2.py", sft, typed)
-    yield paths.result(final, ds, "test", ".json"), command("evaluate.py", "bm25", model, sft, final, typed)
+    yield (
+        paths.result(final, ds, "test", ".json"),
+        command("evaluate.py", "bm25", *models.comparable([model], ds), sft, final, typed),
+    )
 
 
 def bases(ds: str) -> list[str]:

@@ -64,6 +64,7 @@ class Corpus:
         self._hashes = hashes[self._order]
         self._file = self.path.open("rb")
         self._repeats, self._firsts = self._find_twins(np.frombuffer(texts, np.uint64))
+        self.repeats = len(self._repeats)  # passages that have the text of one before them
         for at in np.flatnonzero(self._hashes[1:] == self._hashes[:-1]) + 1:
             second = int(self._order[at])
             first = self.position(self.id(second))
@@ -114,16 +115,11 @@ class Corpus:
             at += 1
         return None
 
-    @property
-    def repeats(self) -> int:
-        """How many passages have the text of one before them."""
-        return len(self._repeats)
-
     def twins(self, positions: np.ndarray) -> np.ndarray:
         """For each position that of the first passage with the same text: its own where none stands before it."""
-        if not len(self._repeats):
+        if not self.repeats:
             return positions
-        at = np.searchsorted(self._repeats, positions).clip(max=len(self._repeats) - 1)
+        at = np.searchsorted(self._repeats, positions).clip(max=self.repeats - 1)
         return np.where(self._repeats[at] == positions, self._firsts[at], positions)
 
     def twin(self, position: int) -> int:

@@ -74,9 +74,9 @@ def load_qrels(ds: str, split: str) -> Qrels:
         for number, raw in enumerate(file, 1):
             try:
                 line = raw.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
-                if not line.strip() or (number == 1 and not re.search(r"\d", line.split()[-1])):
-                    continue
                 fields = line.split("\t" if "\t" in line else None)
+                if not fields or (number == 1 and re.fullmatch(r"[^\W\d]\D*", fields[-1])):  # a blank line, a header
+                    continue
                 if len(fields) == 4 and re.fullmatch(r"Q?\d+", fields[1]):
                     del fields[1]  # the iteration of a TREC file
                 elif "\t" not in line:

@@ -6,8 +6,8 @@ import hashlib
 import importlib.util
 import json
 import re
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -121,6 +121,15 @@ def _find(model: str, ds: str, name: str | None) -> ModelRef:
     raise BadInput(
         f"unknown model {model!r}: not a folder, not a Hub id (owner/name), and not one of {', '.join(ALIASES)}, X-sft, X-final"
     )
+
+
+def comparable(names: Iterable[str | None], ds: str) -> list[str]:
+    """Of some models those that `evaluate.py` takes beside others as they were typed: found, with a name for its files."""
+    found = []
+    for name in names:
+        with suppress(BadInput):
+            found += [name] if name and resolve(name, ds) else []
+    return found
 
 
 def check_backend(ref: ModelRef, backend: str) -> None:
