@@ -1,5 +1,7 @@
 """From texts to vectors: batches under a token budget, on the backend that suits the machine."""
 
+import hashlib
+import json
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -67,7 +69,7 @@ class Encoder:
         """What decides an embedding of a passage. That `auto` may encode with onnx does not: it is told apart from
         torch by the seventh digit."""
         return {
-            "model": models.fingerprint(self.model),
+            "model": fingerprint(self.model),
             "prefix": self.model.prompts["document"] or "",
             "max_length": self.model[0].document_length or self.model.max_seq_length,
             "dim": self.dim,
@@ -163,3 +165,21 @@ def _out_of_memory(error: Exception) -> bool:
     return isinstance(error, MemoryError) or any(
         sign in str(error) for sign in ("out of memory", "allocate memory", "ALLOC_FAILED")
     )
+
+
+def fingerprint(model: Any) -> str:
+    """Hash of what a checkpoint says about an embedding: weights, modules, configuration, tokenizer."""
+    import torch
+
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    config = model[0].auto_model.config.to_dict()
+    config = {name: value for name, value in config.items() if name not in ("_name_or_path", "transformers_version")}
+    tokenizer = model.tokenizer
+    rules = json.loads(tokenizer.backend_tokenizer.to_str()) if tokenizer.is_fast else tokenizer.get_vocab()
+    rules = {name: value for name, value in rules.items() if name not in ("truncation", "padding")}  # those change by use
+    settings = [[[type(m).__name__, m.get_config_dict()] for m in model], config, rules]
+    digest.update(json.dumps(settings, sort_keys=True, default=str).encode())
+    return digest.hexdigest()

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
-import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -278,24 +276,6 @@ def similarity(queries: Tensor, passages: Tensor) -> Tensor:
         (texts[:, :end], mask[:, :end]) for texts, mask, end in zip((queries, passages), masks, ends, strict=True)
     )
     return maxsim(queries, passages, query_mask, mask, length_normalize=True)
-
-
-def fingerprint(model: Any) -> str:
-    """Hash of what a checkpoint says about an embedding: weights, modules, configuration, tokenizer."""
-    import torch
-
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    config = model[0].auto_model.config.to_dict()
-    config = {name: value for name, value in config.items() if name not in ("_name_or_path", "transformers_version")}
-    tokenizer = model.tokenizer
-    rules = json.loads(tokenizer.backend_tokenizer.to_str()) if tokenizer.is_fast else tokenizer.get_vocab()
-    rules = {name: value for name, value in rules.items() if name not in ("truncation", "padding")}  # those change by use
-    settings = [[[type(m).__name__, m.get_config_dict()] for m in model], config, rules]
-    digest.update(json.dumps(settings, sort_keys=True, default=str).encode())
-    return digest.hexdigest()
 
 
 def save(model: Any, folder: Path, card: str) -> None:
