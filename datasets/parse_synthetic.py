@@ -95,7 +95,7 @@ def load_prompts(path: Path | None) -> dict[str, str]:
 async def synthesize(
     asker: asking.Asker, query: str, prompts: dict[str, str], max_tokens: int, verdict_max_tokens: int
 ) -> dict[str, Any]:
-    """The synthetic fields of one row, or {"step", "reason", "attempts"} of the reply that failed."""
+    """The synthetic fields of one row, or {"step", "reason", "attempts", "message"} of the reply that failed."""
     requests = [
         Request(step, (query,), asking.fill(prompts[step], query=query), GENERATION_TEMPERATURE, max_tokens) for step in GENERATED
     ]
@@ -106,7 +106,7 @@ async def synthesize(
         replies["verify"] = await asker.ask_verdict(verify)
     for step, reply in replies.items():
         if reply.reason:
-            return {"step": step, "reason": reply.reason, "attempts": reply.attempts}
+            return {"step": step, **reply.failure()}
     return {
         **{step: replies[step].text for step in GENERATED},
         "verified": replies["verify"].text == "yes",

@@ -108,7 +108,7 @@ async def compare(asker: asking.Asker, pair: Pair, query: str, corpus: Corpus, b
     row = {"query_id": pair.query_id, "shown": [pair.first, pair.second], "verdicts": [reply.text for reply in replies]}
     for reply in replies:
         if reply.reason:
-            return {**row, "reason": reply.reason, "attempts": reply.attempts}
+            return {**row, **reply.failure()}
     # The winner of each order, or None for a tie.
     winners = {{"1": p.first, "2": p.second, "tie": None}[reply.text] for p, reply in zip(orders, replies, strict=True)}
     winner = winners.pop()

@@ -115,11 +115,18 @@ def completion(body: Body, reply: str | Body, fault: str | None, retry_after: fl
     return Answer(200, {**facts, "model": body["model"], "choices": choices, "usage": usage})
 
 
+def said(content: Any, finish: Any = "stop", **fields: Any) -> Answer:
+    """A completion with this content and finish reason, whatever they are; `fields` stand beside the content."""
+    message = {"role": "assistant", "content": content, **fields}
+    usage = {"prompt_tokens": 10, "completion_tokens": 10, "total_tokens": 20}
+    return Answer(200, {"choices": [{"index": 0, "message": message, "finish_reason": finish}], "usage": usage})
+
+
 async def read_request(reader: asyncio.StreamReader) -> tuple[str, dict[str, str], bytes]:
-    """The next request of a connection: "METHOD /path", headers (names in lower case) and body."""
+    """The next request of a connection: "METHOD /path?query", headers (names in lower case) and body."""
     first, *lines = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1")[:-4].split("\r\n")
     headers = {name.lower(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
-    return first.rpartition(" ")[0].partition("?")[0], headers, await reader.readexactly(int(headers.get("content-length", 0)))
+    return first.rpartition(" ")[0], headers, await reader.readexactly(int(headers.get("content-length", 0)))
 
 
 async def client_leaves(reader: asyncio.StreamReader, seconds: float | None) -> bool:
@@ -154,13 +161,16 @@ def check_names(names: Iterable[str], known: set[str]) -> None:
 class LLMServer:
     """OpenAI-compatible server on 127.0.0.1, in a thread of its own while a `with` block lasts.
 
-    `url`, `port`, `rows` (the ledger), `requests` (bodies), `headers_seen`, `batches`, `in_flight` and
-    `in_flight_peak` may be read at any time, the counts also after the block.
+    `url`, `port`, `rows` (the ledger), `requests` (bodies), `headers_seen`, `targets` ("METHOD /path?query"), `batches`,
+    `in_flight` and `in_flight_peak` may be read at any time, the counts also after the block.
     """
 
     reply: Callable[[Body], str | Body] = default_reply  # content; or a dict of content, finish_reason, refusal
     fault: Callable[[Body, int], str | None] | None = None  # of FAULTS, by body and attempt (1, 2, ...) at that body
     faults: Mapping[str, float] = field(default_factory=dict)  # name: share, drawn by hash(seed, key, attempt)
+    # An answer of its own to a body and attempt, in place of a completion, also inside a batch; None leaves it at that.
+    says: Callable[[Body, int], Answer | None] = lambda body, attempt: None
+    root: str = "/v1"  # or "/openai", with the paths of Azure
     seed: int = 0
     latency: float | Callable[[Body], float] = 0.0  # seconds
     retry_after: float = 1.0  # seconds that the 429 faults ask for
@@ -180,6 +190,7 @@ class LLMServer:
         check_names(self.faults, FAULTS)
         self.requests: list[Body] = []
         self.headers_seen: list[dict[str, str]] = []
+        self.targets: list[str] = []
         self.batches: dict[str, Body] = {}
         self.in_flight = self.in_flight_peak = 0
         self._rows: list[Body] = []
@@ -254,6 +265,8 @@ class LLMServer:
     ) -> bool:
         """Answer one request. False ends the connection."""
         self.headers_seen.append(headers)
+        self.targets.append(what)
+        what = re.sub(rf" {self.root}(/deployments/[^/]+)?/", " /v1/", what.partition("?")[0])
         self.in_flight += 1
         self.in_flight_peak = max(self.in_flight_peak, self.in_flight)
         try:
@@ -282,14 +295,15 @@ class LLMServer:
         if self.rpm:
             fields |= {"x-ratelimit-limit-requests": self.rpm, "x-ratelimit-remaining-requests": int(self._slots)}
             fields |= {"x-ratelimit-limit-tokens": self.tpm}
-        first = f"HTTP/1.1 {answer.status} {HTTPStatus(answer.status).phrase}\r\n"
+        phrase = HTTPStatus(answer.status).phrase if answer.status in set(HTTPStatus) else "Unknown"
+        first = f"HTTP/1.1 {answer.status} {phrase}\r\n"
         return (first + "".join(f"{name}: {value}\r\n" for name, value in fields.items()) + "\r\n").encode()
 
     # ---- answers
 
     def _decide(self, what: str, headers: Mapping[str, str], raw: bytes) -> tuple[str, str | None, float, Answer]:
         """Key, fault, seconds to wait and answer of a request."""
-        given = headers.get("authorization", "").removeprefix("Bearer ")
+        given = headers.get("api-key") or headers.get("authorization", "").removeprefix("Bearer ")
         refused = None
         if self.api_key not in (None, given):  # unlike OpenAI, shows the whole key: a client must not pass that on
             refused = failure(401, f"Incorrect API key provided: {given}.", "invalid_api_key")
@@ -313,7 +327,7 @@ class LLMServer:
         fault = self.fault(body, self._attempts[key]) if self.fault else self._draw(key, self._attempts[key])
         check_names([fault] if fault else [], FAULTS)
         latency = self.latency(body) if callable(self.latency) else self.latency
-        answer = completion(body, self.reply(body), fault, self.retry_after)
+        answer = self.says(body, self._attempts[key]) or completion(body, self.reply(body), fault, self.retry_after)
         return key, fault, latency * (10 if fault == "slow" else 1), answer
 
     def _problem(self, body: Body) -> Answer | None:
@@ -410,8 +424,10 @@ class LLMServer:
                 row["error"] = {"code": "batch_expired", "message": "The window ended before this request could be executed."}
                 files["error"].append(row)
             elif fault != "missing":
-                answer = self._problem(body) or completion(body, self.reply(body), fault, self.retry_after)
+                answer = self._problem(body) or self.says(body, 1) or completion(body, self.reply(body), fault, self.retry_after)
                 row["response"] = {"status_code": answer.status, "request_id": row["id"], "body": answer.body}
+                if isinstance(answer.body, bytes):
+                    row["response"]["body"] = answer.body.decode()
                 files["output" if answer.status == 200 else "error"].append(row)
                 self._note("answered", request_key(body), answer.status, fault)
         for name, rows in files.items():

@@ -22,7 +22,7 @@ from llm_server import Answer, LLMServer, default_reply, failure
 
 from syntriever.errors import BadInput
 from syntriever.files import jsonl, paths
-from syntriever.llm import asking, cost, verdicts
+from syntriever.llm import asking, cost
 from syntriever.llm.ledger import Ledger, Reply, Request
 from syntriever.llm.pace import Pace, _seconds
 from syntriever.llm.server import OpenAITeacher
@@ -585,16 +585,15 @@ def test_missing_usage_is_estimated_after_one_line(capsys, usage):
 LARGE = "max_tokens is too large: 400. This model supports at most 300 completion tokens, whereas you provided 400."
 
 
-@pytest.mark.parametrize(
-    ("refuse", "most", "notes"), [(lambda body: failure(400, LARGE, "bad"), 1, 0), (refuses(*list(SETTINGS)[:2]), 2, 1)]
-)
-def test_other_refusals_end_in_a_failure_and_no_loop(capsys, refuse, most, notes):
+@pytest.mark.parametrize(("refuse", "most"), [(lambda body: failure(400, LARGE, "bad"), 1), (refuses(*list(SETTINGS)[:2]), 2)])
+def test_other_refusals_end_in_a_failure_and_no_loop(capsys, refuse, most):
     with Picky() as server:
-        server.refuse = refuse
-        (reply,) = ask(server, [ONE])
+        server.refuse = lambda body: refuse(body) if prompt_of(body) != ONE.prompt else None
+        reply = ask(server, [ONE, *numbered(ONE, 1)])[1]
     assert (reply.reason, reply.finish_reason) == ("bad_request", "error")
-    assert len(server.requests) == most
-    assert capsys.readouterr().out.count("note:") == notes
+    assert "max_" in reply.message
+    assert len(server.requests) == 1 + most
+    assert capsys.readouterr().out.count("note:") == 0
 
 
 def test_server_that_is_down_for_a_day_puts_no_worker_to_sleep_for_it(monkeypatch):
@@ -605,16 +604,6 @@ def test_server_that_is_down_for_a_day_puts_no_worker_to_sleep_for_it(monkeypatc
         server.refuse = lambda body: Answer(503, {}, {"retry-after": "86400"}) if prompt_of(body) != ONE.prompt else None
         assert ask(server, [ONE, *numbered(ONE, 1)])[1] == Reply(reason="http_503", attempts=2)
     assert max(slept) == 60
-
-
-STRICT = ['{"verdict": "1"', '{"verdict": 1}', '{"verdict": null}', '{"verdict": "3"}', '{"Verdict": "1"}', '["1"]', "{1}"]
-STRICT += ['{"verdict": "1", "why": ""}', '{"verdict": "1", "verdict": "2"}', '{"verdict": {"verdict": "1"}}', "{}"]
-STRICT += ['{"verdict": "1"} 2', '{"verdict": "1"}{"verdict": "1"}', '{"verdict": ["1"]}', '{"a":' * 5000]
-
-
-def test_structured_verdict_is_read_strictly():
-    assert [verdicts.parse_verdict(text, ("1", "tie")) for text in ('{"verdict": "1"}', ' {"verdict":"TIE"}\n')] == ["1", "tie"]
-    assert [text[:40] for text in STRICT if verdicts.parse_verdict(text, ("1", "2", "tie"))] == []
 
 
 # --- the judge's report

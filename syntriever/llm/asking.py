@@ -14,7 +14,8 @@ from dataclasses import replace
 from typing import Protocol, TypeVar, runtime_checkable
 
 from syntriever.llm import cost, verdicts
-from syntriever.llm.ledger import Ledger, Reply, Request
+from syntriever.llm.ledger import Ledger, Request
+from syntriever.llm.replies import Reply, judged
 
 T = TypeVar("T")
 
@@ -45,7 +46,7 @@ class Asker:
 
     def __init__(self, teacher: Teacher, ledger: Ledger | None = None, meter: cost.Meter | None = None) -> None:
         self.teacher, self.ledger, self.meter = teacher, ledger, meter or cost.Meter()
-        self.from_ledger = 0
+        self.from_ledger = self.thoughtful = 0  # replies that were in the ledger; that had thoughts in their text
         self._in_flight: dict[str, asyncio.Task[Reply]] = {}
 
     async def ask(self, request: Request) -> Reply:
@@ -53,10 +54,12 @@ class Asker:
         asked twice at once is sent once."""
         key = request.key(self.teacher.model)
         if self.ledger and (known := self.ledger.get(key, request.max_tokens)):
-            self.from_ledger += 1
-            return verdicts.checked(request, known)
+            reply = self._judged(request, known)
+            if known.reason or not (reply.reason and self.ledger.retry_failed):  # not one that passed before the rule was as now
+                self.from_ledger += 1
+                return reply
         if not self.teacher.live:
-            return verdicts.checked(request, await self.teacher.answer(request))
+            return self._judged(request, await self.teacher.answer(request))
         if key not in self._in_flight:
             self._in_flight[key] = asyncio.create_task(self._send(key, request))
             self._in_flight[key].add_done_callback(lambda _: self._in_flight.pop(key))
@@ -75,7 +78,7 @@ class Asker:
     async def _send(self, key: str, request: Request) -> Reply:
         reserved = await self.meter.admit(request)
         try:
-            reply = verdicts.checked(request, await self.teacher.answer(request))
+            reply = self._judged(request, await self.teacher.answer(request))
         except BaseException:
             self.meter.settle(reserved)  # others may wait for what it reserved
             raise
@@ -85,6 +88,11 @@ class Asker:
             self.meter.add(request.step, reply)
         if self.ledger and reply.finish_reason:
             self.ledger.add(key, request, self.teacher.model, reply)
+        return reply
+
+    def _judged(self, request: Request, reply: Reply) -> Reply:
+        reply = judged(reply, request.choices)
+        self.thoughtful += reply.thoughts
         return reply
 
     async def ask_verdict(self, request: Request) -> Reply:

@@ -10,10 +10,11 @@ from typing import Any
 
 from syntriever.errors import BadInput, Failed, Waiting
 from syntriever.files import jsonl, paths
+from syntriever.llm import refusals
 from syntriever.llm.cost import Meter
-from syntriever.llm.ledger import Ledger, Reply, Request
-from syntriever.llm.server import OpenAITeacher, refusal, used_up
-from syntriever.llm.verdicts import checked
+from syntriever.llm.ledger import Ledger, Request
+from syntriever.llm.replies import Reply, judged
+from syntriever.llm.server import OpenAITeacher
 from syntriever.run import terminal
 
 # OpenAI's limits on one input file.
@@ -42,7 +43,9 @@ class BatchTeacher:
         import openai
 
         self.model = teacher.model
-        self._teacher, self._client = teacher, openai.OpenAI(**{**teacher.options, "max_retries": 5})
+        client: Any = openai.AzureOpenAI if teacher.azure else openai.OpenAI
+        self._teacher, self._client = teacher, client(**{**teacher.options, "max_retries": 5})
+        self._path = "/chat/completions" if teacher.azure else "/v1/chat/completions"
         self._output, self._state = output, paths.batches(output)
         self._batches: list[Entry] = []
         self._spool: jsonl.Appender | None = None
@@ -67,11 +70,13 @@ class BatchTeacher:
         day of waiting should not end in a setting that the model refuses."""
         async with self._probe:
             if not self._teacher.proven:
-                return await self._teacher.answer(request)
+                reply = await self._teacher.answer(request)
+                self._client.base_url = self._teacher.base_url
+                return reply
         custom_id = f"{request.step}-{request.key(self.model)}"
         if custom_id not in self._spooled:
             body = self._teacher.body(request)
-            row = {"custom_id": custom_id, "method": "POST", "url": "/v1/chat/completions", "body": body}
+            row = {"custom_id": custom_id, "method": "POST", "url": self._path, "body": body}
             if not self._spool or not self._room or self._spool.size + len(jsonl.dumps(row)) > MAX_BYTES:
                 self._spool = self._next_file()
             self._spool.add(row)
@@ -109,7 +114,7 @@ class BatchTeacher:
             # The client retries blindly: where only the answer was lost, that would submit, and cost, twice.
             once = self._client.with_options(max_retries=0)
             batch = batch or once.batches.create(
-                input_file_id=entry["input_file_id"], endpoint="/v1/chat/completions", completion_window="24h"
+                input_file_id=entry["input_file_id"], endpoint=self._path, completion_window="24h"
             )
         entry["id"] = batch.id
         self._save()
@@ -128,8 +133,7 @@ class BatchTeacher:
         running = 0
         for entry in list(self._batches):
             self._start(entry)
-            with self._errors():
-                batch = self._client.batches.retrieve(entry["id"])
+            batch = self._retrieve(entry["id"])
             count = batch.request_counts
             progress = f", {count.completed + count.failed:,} of {count.total:,} requests done" if count else ""
             terminal.say(f"batch  {batch.id}: {batch.status}{progress}")
@@ -146,6 +150,18 @@ class BatchTeacher:
             raise Waiting(f"{running} of the batches still run; run the same command again to collect")
         self._state.unlink(missing_ok=True)
 
+    def _retrieve(self, batch_id: str) -> Any:
+        import openai
+
+        with self._errors():
+            try:
+                return self._client.batches.retrieve(batch_id)
+            except openai.NotFoundError:  # --base-url may lack its /v1, which nobody has noticed yet in this run
+                if not self._teacher.add_version():
+                    raise
+                self._client.base_url = self._teacher.base_url
+                return self._client.batches.retrieve(batch_id)
+
     def _load(self) -> list[Entry]:
         try:
             entries = json.loads(self._state.read_bytes())["batches"]
@@ -160,6 +176,7 @@ class BatchTeacher:
         """Account for every request of one batch: in the ledger, or left to be asked again."""
         asked, done = jsonl.Table(path, "custom_id", {"body": dict}), set()
         outcomes: Counter[str] = Counter()
+        hopeless: BadInput | None = None
         for file_id in filter(None, (batch.output_file_id, batch.error_file_id)):
             for line in self._results(file_id, path.with_suffix(".results")):
                 custom_id = str(line.get("custom_id"))
@@ -171,6 +188,7 @@ class BatchTeacher:
                 request, key = _request(custom_id, sent["body"]), custom_id.rpartition("-")[2]
                 reply = self._reply(line, request, sent["body"])
                 outcomes["to ask again" if not reply.finish_reason else reply.reason or "answered"] += 1
+                hopeless = self._teacher.hopeless(reply, first=False) or hopeless
                 known = ledger.get(key, request.max_tokens)
                 # Equal to the known one: a run that was killed had put it there.
                 if reply.finish_reason and (not known or (known.reason and known != reply)):
@@ -179,9 +197,14 @@ class BatchTeacher:
         ledger.sync()
         outcomes["not in the results, to ask again"] = len(asked) - len(done)
         terminal.say("       " + ", ".join(f"{number:,} {name}" for name, number in outcomes.items() if number))
+        if not outcomes["answered"]:  # refusals come in a file of their own: many in a row there are no sign
+            self._fatal = self._fatal or hopeless
         if batch.status == "failed":
-            problems = "; ".join(str(e.message) for e in (batch.errors.data or [])) if batch.errors else "no reason given"
-            self._fatal = Failed(f"{batch.id} was refused: {problems}. Run again to submit anew (--max-requests: fewer at once)")
+            problems = [{"code": e.code, "message": e.message} for e in (batch.errors.data or [])] if batch.errors else []
+            refused = self._teacher.refusal(400, problems)
+            said = (refused and refused.words) or "no reason given"
+            again = Failed(f"{batch.id} was refused: {said}. Run again to submit anew (--max-requests: fewer at once)")
+            self._fatal = again if not refused or refused.kind != refusals.ACCOUNT else self._teacher.fatal(refused)
 
     def _results(self, file_id: str, path: Path) -> Iterator[dict[str, Any]]:
         """Rows of one result file, by way of the disk: it may have hundreds of megabytes. An empty row
@@ -201,23 +224,19 @@ class BatchTeacher:
         """Reply of one result line, without a `finish_reason` where it is to be asked for again. Notes
         what should end the run."""
         response = _object(line.get("response"))
-        status, body = response.get("status_code"), response.get("body")
-        if status == 200:
+        status, body = response.get("status_code"), response.get("body") or line.get("error")
+        refusal = self._teacher.refusal(status if isinstance(status, int) else 0, body)
+        if not refusal:
             with suppress(ValueError):
-                return checked(request, self._teacher.read(request, body))
-            return Reply()
-        problem = _object(_object(body).get("error"))
-        code, message = problem.get("code"), str(problem.get("message"))
-        if code == "insufficient_quota":
-            self._fatal = Failed(used_up(self.model))
-        elif not isinstance(status, int) or status >= 500 or status in (408, 409, 429):
-            pass
+                return judged(self._teacher.read(request, body), request.choices)
         elif sent["model"] != self.model:
             pass  # --llm was changed: what the former model refuses says nothing about this one
-        elif fatal := self._teacher.fatal(status):
+        elif fatal := self._teacher.fatal(refusal):
             self._fatal = fatal
-        elif not self._teacher.adapt(status, message, sent):
-            return Reply(reason=refusal(code, message), finish_reason="error")
+        elif setting := refusal.setting(sent):
+            self._teacher.do_without(frozenset({setting}))
+        elif refusal.kind in (refusals.CONTENT, refusals.REQUEST):
+            return Reply(reason=refusal.reason, finish_reason="error", message=refusal.words)
         return Reply()
 
     @contextmanager
@@ -229,15 +248,16 @@ class BatchTeacher:
         try:
             yield
         except openai.APIStatusError as error:
-            if error.status_code == 404:
-                message = f"the server at {self._client.base_url} has no Batch API, or not what {paths.shown(self._state)} names"
+            status, refusal = error.status_code, self._teacher.refusal(error.status_code, refusals.body_of(error.response))
+            words = refusal.words if refusal else ""
+            if status == 404:
+                message = f"{self._teacher.where} has no Batch API, or not what {paths.shown(self._state)} names ({words})"
                 raise Failed(f"{message}. Go on without --batch, or remove that file to ask anew") from None
-            if error.code == "insufficient_quota":
-                raise Failed(used_up(self.model)) from None
-            problem = f"the Batch API answered {error.status_code} ({error.code}); nothing is lost, run again"
-            raise self._teacher.fatal(error.status_code) or Failed(problem) from None
+            problem = Failed(f"the Batch API answered {status} ({words}); nothing is lost, run again")
+            raise (refusal and self._teacher.fatal(refusal)) or problem from None
         except (openai.APIError, httpx2.HTTPError) as error:  # the latter from the middle of a download
-            raise Failed(f"the Batch API cannot be reached ({type(error).__name__}); nothing is lost, run again") from None
+            where = f"the Batch API of {self._teacher.where} cannot be reached"
+            raise Failed(f"{where} ({type(error).__name__}); nothing is lost, run again") from None
 
 
 def _object(value: Any) -> dict[str, Any]:

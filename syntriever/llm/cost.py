@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from syntriever.errors import BadInput, Failed
-from syntriever.llm.ledger import Ledger, Reply, Request
+from syntriever.llm.ledger import Ledger, Request
+from syntriever.llm.replies import Reply
 from syntriever.run import terminal
 
 PRICES = Path(__file__).parents[1] / "prices.json"

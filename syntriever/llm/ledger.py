@@ -6,6 +6,7 @@ from pathlib import Path
 
 from syntriever.errors import BadInput
 from syntriever.files import jsonl, paths
+from syntriever.llm.replies import Reply, ended
 from syntriever.run import lineage
 
 
@@ -26,21 +27,6 @@ class Request:
         return lineage.text_sha256([model, self.prompt, self.temperature, self.choices])[:32]
 
 
-@dataclass(frozen=True)
-class Reply:
-    """What came back. `reason` is empty for a usable reply and else names why it is not.
-
-    Without a `finish_reason` no reply arrived at all: it is not kept, and may be asked for again.
-    """
-
-    text: str = ""
-    reason: str = ""
-    finish_reason: str = ""
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
-    attempts: int = 1
-
-
 _FIELDS: dict[str, type | tuple[type, ...]] = {"key": str, "model": str, "text": str, "reason": str, "finish_reason": str}
 
 _FIELDS |= {"step": str, "prompt_tokens": int, "completion_tokens": int, "attempts": int, "max_tokens": int}
@@ -55,7 +41,7 @@ class Ledger:
     """
 
     def __init__(self, path: Path, retry_failed: bool = False, read_only: bool = False) -> None:
-        self.path, self._retry_failed = path, retry_failed
+        self.path, self.retry_failed = path, retry_failed
         self._usage: dict[tuple[str, str], list[int]] = {}
         self._appender = None if read_only else jsonl.Appender(path)
         self._index = jsonl.scratch("replies (key BLOB PRIMARY KEY, offset INTEGER)")
@@ -70,7 +56,7 @@ class Ledger:
             except ValueError:
                 raise BadInput(f"{paths.shown(self.path)}:{number}: 'key' is not hexadecimal") from None
             self._count(row["model"], row["step"], row["prompt_tokens"], row["completion_tokens"])
-            yield key, None if row["reason"] and self._retry_failed else offset
+            yield key, None if row["reason"] and self.retry_failed else offset
 
     def _count(self, model: str, step: str, prompt_tokens: int, completion_tokens: int) -> None:
         usage = self._usage.setdefault((model, step), [0, 0, 0])
@@ -99,9 +85,11 @@ class Ledger:
             return None
         self._reader.seek(found[0])
         row = jsonl.parse(self._reader.readline(), self.path, 0, _FIELDS)
-        if row["reason"] and row["finish_reason"] == "length" and row["max_tokens"] < max_tokens:
+        word = row["finish_reason"]
+        cut_off = row["reason"] if word == "length" else ended(word) == "length"
+        if cut_off and row["max_tokens"] < max_tokens:
             return None
-        return Reply(**{name: row[name] for name in Reply.__dataclass_fields__})
+        return Reply(**{name: row[name] for name in Reply.__dataclass_fields__ if name in row})
 
     def add(self, key: str, request: Request, model: str, reply: Reply) -> None:
         assert self._appender, "opened to be read only"

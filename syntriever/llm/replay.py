@@ -4,7 +4,8 @@ from pathlib import Path
 
 from syntriever.errors import BadInput
 from syntriever.files import jsonl, paths
-from syntriever.llm.ledger import Ledger, Reply, Request
+from syntriever.llm.ledger import Ledger, Request
+from syntriever.llm.replies import Reply
 
 
 class ReplayTeacher:

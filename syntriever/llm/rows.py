@@ -101,10 +101,16 @@ def append_rows(
         jsonl.Appender(paths.failed(output)) as failures,
         terminal.progress(total=total, unit=unit) as bar,
     ):
+        said: set[str] = set()
 
         async def work_and_write(item: asking.T) -> None:
             row = await work(asker, item)
-            counts[row.get("reason", "written")] += 1
+            reason, message = row.get("reason", "written"), row.get("message", "")
+            counts[reason] += 1
+            # The words of a failure once for each kind; each option that helps is a kind.
+            if message and not said & {reason, message}:
+                said.add(message if reason == "length" else reason)
+                terminal.say(f"note:  {reason}: {message}")
             if "reason" not in row:
                 rows.add(row)
             elif row["reason"] not in ("not_recorded", "pending"):
@@ -122,13 +128,15 @@ def append_rows(
                 ledger.close()
             bar.close()
             terminal.say(f"asked  in {time.monotonic() - started:.0f} s; {asker.from_ledger:,} replies were in the ledger")
+            if asker.thoughtful:
+                terminal.say(f"note:  thoughts of the model were cut from {asker.thoughtful:,} replies")
             if meter.steps:
                 terminal.say(meter.table())
     if not failures.size:
         failures.path.unlink()
     if isinstance(teacher, asking.Deferred):
         teacher.submit()
-    return counts, meter.results()
+    return counts, meter.results() | ({"replies_with_thoughts": asker.thoughtful} if asker.thoughtful else {})
 
 
 def estimate(

@@ -1,23 +1,36 @@
-"""A teacher behind OpenAI's HTTP API: OpenAI itself, vLLM, Ollama, llama.cpp and their kin."""
+"""A teacher behind OpenAI's HTTP API: OpenAI itself, Azure, vLLM, Ollama, llama.cpp and their kin."""
 
 import asyncio
 import itertools
 import math
-import os
 import random
 import re
 import time
+from collections.abc import Mapping
 from dataclasses import replace
 from email.utils import parsedate_to_datetime
 from typing import Any
 
 from syntriever.errors import BadInput, Failed
-from syntriever.llm.ledger import Reply, Request
+from syntriever.llm import address, refusals, replies
+from syntriever.llm.ledger import Request
 from syntriever.llm.pace import Pace
+from syntriever.llm.refusals import Refusal
+from syntriever.llm.replies import Reply
 from syntriever.run import terminal
 
 # Seconds of being told to wait (429) after which a request, or the whole run, gives up.
 RATE_LIMIT_PATIENCE = 900.0
+# Refusals in the same words, one after the other, after which no other request is tried.
+ALIKE = 20
+# What is said of a setting that the server refuses.
+WITHOUT = {
+    "response_format": "takes no JSON schema; verdicts are read from plain text",
+    "temperature": "takes no temperature; its default is used",
+    "temperature 0": "takes no temperature of 0; its default is used for verdicts",
+    "max_tokens": "takes max_completion_tokens instead of max_tokens",
+    "max_completion_tokens": "takes max_tokens instead of max_completion_tokens",
+}
 
 
 class OpenAITeacher:
@@ -25,7 +38,7 @@ class OpenAITeacher:
 
     The first request goes alone: a wrong key, model or address costs one request. 429 pauses all
     workers and does not count as an attempt. What ends the run is raised once and stops the rest.
-    A capability that the server lacks is done without, after one line that says so.
+    A setting that the server refuses is done without, after one line that says so.
     """
 
     live = True
@@ -34,28 +47,27 @@ class OpenAITeacher:
         import httpx2
         import openai
 
-        key = os.environ.get("OPENAI_API_KEY")
-        base_url = base_url or os.environ.get("OPENAI_BASE_URL")
-        if not key and not base_url:
-            raise BadInput(
-                f"--llm {model}: OPENAI_API_KEY is not set. Set it, or point --base-url at a local server, or use --llm smollm2"
-            )
+        self._address = address.of(model, base_url)
         # Retries are ours: one pause for all workers, and every attempt counted. A connection for each
         # worker stays open, where the client's default keeps 100; a client looks through all of its own at
         # every request, so that several with few each take a fraction of the time of one with many.
         limits = httpx2.Limits(max_connections=None, max_keepalive_connections=concurrency)
         patience = httpx2.Timeout(timeout, connect=min(timeout, 15.0))
-        self.options: dict[str, Any] = {"api_key": key or "none", "base_url": base_url, "max_retries": 0, "timeout": patience}
-        self._clients = [
-            openai.AsyncOpenAI(**self.options, http_client=openai.DefaultAsyncHttpxClient(limits=limits, timeout=patience))
-            for _ in range(math.ceil(concurrency / 64))
-        ]
-        self._client, self._turns = self._clients[0], itertools.cycle(self._clients)
-        self._response = httpx2.Response
+        self.azure, self.options = self._address.azure, {**self._address.options, "max_retries": 0, "timeout": patience}
+        client: Any = openai.AsyncAzureOpenAI if self.azure else openai.AsyncOpenAI
+        try:
+            self._clients = [
+                client(**self.options, http_client=openai.DefaultAsyncHttpxClient(limits=limits, timeout=patience))
+                for _ in range(math.ceil(concurrency / 64))
+            ]
+        except (ImportError, ValueError, httpx2.InvalidURL) as error:
+            raise address.wrong_proxy(error) from None
+        self._turns, self._response = itertools.cycle(self._clients), httpx2.Response
+        self._keys = list(filter(None, map(self.options.get, ("api_key", "azure_ad_token"))))
         self.model, self.concurrency, self._attempts = model, concurrency, attempts
-        self._limit_name = "max_tokens" if base_url else "max_completion_tokens"
-        self._takes_temperature = self._takes_schema = True
-        self._adapted: set[str] = set()
+        self._limit_name = "max_tokens" if self._address.given else "max_completion_tokens"
+        self._without: frozenset[str] = frozenset()  # settings that the server has refused
+        self._said: set[str] = set()
         self._slots = asyncio.Semaphore(concurrency)
         self._pace = Pace(concurrency)
         self._probe = asyncio.Lock()
@@ -63,6 +75,7 @@ class OpenAITeacher:
         self._stopped: BadInput | Failed | None = None
         self._paused_until = 0.0
         self._lost = 0  # requests in a row that got no answer at all
+        self._alike, self._refused = 0, ""  # refusals in a row in the same words, and these
 
     async def answer(self, request: Request) -> Reply:
         if not self.proven:
@@ -70,7 +83,7 @@ class OpenAITeacher:
                 if not self.proven:
                     reply = await self._answer(request)
                     if not reply.finish_reason:
-                        raise self._stop(Failed(f"the server at {self._client.base_url} does not answer ({reply.reason})"))
+                        raise self._stop(Failed(f"{self.where} does not answer ({_why(reply)})"))
                     self.proven = True
                     return reply
         async with self._slots:
@@ -80,24 +93,38 @@ class OpenAITeacher:
         reply = await self._try_often(request)
         self._lost = 0 if reply.finish_reason else self._lost + 1
         if self._lost > max(20, self.concurrency):
-            raise self._stop(Failed(f"{self._lost} requests in a row got no answer ({reply.reason}); run again to go on"))
+            raise self._stop(Failed(f"{self._lost} requests in a row got no answer ({_why(reply)}); run again to go on"))
+        if hopeless := self.hopeless(reply, first=not self.proven):
+            raise self._stop(hopeless)
         return reply
 
     async def close(self) -> None:
         for client in self._clients:
             await client.close()
 
+    @property
+    def base_url(self) -> Any:
+        return self._clients[0].base_url
+
+    @property
+    def where(self) -> str:
+        """The server as messages name it, with the proxy on the way."""
+        proxy = address.proxy_of(self.base_url)
+        return f"the server at {address.shown(self.base_url)}" + (f", asked through {proxy}," if proxy else "")
+
     def _stop(self, error: BadInput | Failed) -> BadInput | Failed:
         self._stopped = error
         return error
 
-    def body(self, request: Request) -> dict[str, Any]:
+    def body(self, request: Request, without: frozenset[str] = frozenset()) -> dict[str, Any]:
         """The request as JSON, with the settings that this server has not refused."""
+        without |= self._without
         body: dict[str, Any] = {"model": self.model, "messages": [{"role": "user", "content": request.prompt}]}
-        body[self._limit_name] = request.max_tokens
-        if self._takes_temperature:
+        limit = self._limit_name
+        body[refusals.LIMITS[limit] if limit in without else limit] = request.max_tokens
+        if "temperature" not in without and (request.temperature or "temperature 0" not in without):
             body["temperature"] = request.temperature
-        if request.choices and self._takes_schema:
+        if request.choices and "response_format" not in without:
             verdict = {"verdict": {"type": "string", "enum": list(request.choices)}}
             schema = {"type": "object", "properties": verdict, "required": ["verdict"], "additionalProperties": False}
             body["response_format"] = {
@@ -113,7 +140,7 @@ class OpenAITeacher:
     async def _try_often(self, request: Request) -> Reply:
         import openai
 
-        attempt, reason, since = 1, "", time.monotonic()
+        attempt, since, without = 1, time.monotonic(), frozenset[str]()
         while True:
             await self._pace.turn()
             while (wait := self._paused_until - time.monotonic()) > 0:
@@ -122,40 +149,42 @@ class OpenAITeacher:
             if self._stopped:
                 raise self._stopped
             wait = random.uniform(0.5, 1.0) * min(60.0, 2.0 ** (attempt - 1))
-            body = self.body(request)
+            body, response = self.body(request, without), None
             try:
                 response = await self._send(body)
-                reply = replace(self.read(request, response.json()), attempts=attempt)
-                self._pace.heard(response.headers, reply.prompt_tokens + reply.completion_tokens)
-                return reply
-            except openai.RateLimitError as error:
-                if error.code == "insufficient_quota":
-                    raise self._stop(Failed(used_up(self.model))) from None
-                self._pause(_retry_after(error, wait))
+                completion = response.json()
+                refusal = self.refusal(200, completion)
+                if not refusal:
+                    reply = replace(self.read(request, completion), attempts=attempt)
+                    self._pace.heard(response.headers, reply.prompt_tokens + reply.completion_tokens)
+                    self.do_without(without)
+                    return reply
+            except openai.APIStatusError as error:
+                response = error.response
+                refusal = self.refusal(response.status_code, refusals.body_of(response))
+            except openai.APIConnectionError as error:
+                refusal = self._unreached(error)
+            except (openai.APIError, ValueError, RecursionError):  # HTML, cut-off JSON, no choices
+                page = refusals.read(0, getattr(response, "text", ""), self._keys)
+                refusal = Refusal(refusals.AGAIN, "bad_body", page.words)
+            assert refusal
+            if refusal.kind == refusals.WAIT:
+                self._pause(_retry_after(response, wait))
                 if time.monotonic() - since < RATE_LIMIT_PATIENCE:
                     continue
-                reason = "rate_limited"
-            except openai.APITimeoutError:
-                reason = "timeout"
-            except openai.APIStatusError as error:
-                if fatal := self.fatal(error.status_code):
-                    raise self._stop(fatal) from None
-                problem: Any = error.body  # FastAPI's has no message, but all in "detail"
-                message = str((isinstance(problem, dict) and problem.get("message")) or problem or error.message)
-                if self.adapt(error.status_code, message, body):
-                    continue
-                if error.status_code < 500 and error.status_code not in (408, 409):
-                    return Reply(reason=refusal(error.code, message), finish_reason="error", attempts=attempt)
-                reason = f"http_{error.status_code}"
-                wait = min(60.0, _retry_after(error, wait))
-            except openai.APIConnectionError:
-                reason = "connection"
-            except (openai.APIError, ValueError):  # HTML, cut-off JSON, no choices
-                reason = "bad_body"
+            if refusal.kind == refusals.NOWHERE and not self.proven and self.model not in refusal.words and self.add_version():
+                continue
+            if fatal := self.fatal(refusal):
+                raise self._stop(fatal)
+            if name := refusal.setting(body, without | self._without):
+                without |= {name}
+                continue
+            if refusal.kind in (refusals.CONTENT, refusals.REQUEST):
+                return Reply(reason=refusal.reason, finish_reason="error", attempts=attempt, message=refusal.words)
             if attempt >= self._attempts:
-                return Reply(reason=reason, attempts=attempt)
+                return Reply(reason=refusal.reason, attempts=attempt, message=refusal.words)
             attempt += 1
-            await asyncio.sleep(wait)
+            await asyncio.sleep(min(60.0, _retry_after(response, wait)) if refusal.kind == refusals.AGAIN else wait)
 
     def _pause(self, seconds: float) -> None:
         """Hold all workers for as long as the server asked."""
@@ -165,82 +194,93 @@ class OpenAITeacher:
             terminal.say(f"note:  the server asks to wait {seconds:.0f} s")
         self._paused_until = max(self._paused_until, time.monotonic() + seconds)
 
-    def fatal(self, status: int) -> BadInput | None:
-        """The error of a status after which no other request can succeed."""
-        if status in (401, 403):
-            return BadInput(f"--llm {self.model}: the server refused the key in OPENAI_API_KEY")
-        if status == 404:
-            return BadInput(f"--llm {self.model}: the server at {self._client.base_url} has no such model (or no such path)")
+    def words(self, message: str) -> str:
+        return refusals.spoken(message, self._keys)
+
+    def refusal(self, status: int, body: Any) -> Refusal | None:
+        """What the server refuses; None where it answers."""
+        return refusals.inside(body, self._keys) if status == 200 else refusals.read(status, body, self._keys)
+
+    def _unreached(self, error: Any) -> Refusal:
+        """What an error of the connection means; one that a proxy makes of the first request ends the run."""
+        import httpx2
+        import openai
+
+        cause = error.__cause__
+        words = self.words(f"{cause or error}" or type(cause).__name__)
+        proxy = address.proxy_of(self.base_url)
+        if proxy and not self.proven and isinstance(cause, httpx2.ConnectError | httpx2.ConnectTimeout | httpx2.ProxyError):
+            how = "correct it, unset it, or name the server in NO_PROXY"
+            raise self._stop(BadInput(f"{proxy} does not answer, or lets nothing through ({words}): {how}"))
+        return Refusal(refusals.AGAIN, "timeout" if isinstance(error, openai.APITimeoutError) else "connection", words)
+
+    def fatal(self, refusal: Refusal) -> BadInput | Failed | None:
+        """The error of a refusal after which no other request can succeed."""
+        said = f": {refusal.words}" if refusal.words else ""
+        if refusal.kind == refusals.ACCOUNT:
+            return Failed(
+                f"{self.model}: the account's quota or credit is used up, or it is closed; add credit and run again{said}"
+            )
+        if refusal.kind == refusals.PROXY:
+            return BadInput(f"{address.proxy_of(self.base_url) or 'the proxy'} wants a name and a password{said}")
+        if refusal.kind == refusals.KEY:
+            key = f"refused the key in {self._address.key_name}, or what it may do" if self._keys else "wants the key"
+            return BadInput(f"--llm {self.model}: {self.where} {key}{said}")
+        if refusal.kind == refusals.NOWHERE:
+            return BadInput(f"--llm {self.model}: {self.where} has no such model (or no such path){said}")
         return None
 
-    def adapt(self, status: int, message: str, body: dict[str, Any]) -> bool:
-        """Do without a setting of `body` that the server refused; False where that was not the error."""
-        other = {"max_tokens": "max_completion_tokens", "max_completion_tokens": "max_tokens"}
-        unknown = re.search("unsupported|not support|unrecogni|unknown|unexpected|extra|not permitted|instead", message, re.I)
-        if status not in (400, 422):
+    def hopeless(self, reply: Reply, first: bool) -> BadInput | None:
+        """The error of a refused request where others will fare no better: it was the first, or the last of many that
+        were refused in the same words. What is about the text of one request does not count."""
+        if reply.reason != "bad_request":
+            if reply.finish_reason and reply.reason not in ("content_filter", "context_length"):
+                self._alike = 0
+            return None
+        words = re.sub(r"\w*\d\w*", "", reply.message)
+        self._alike, self._refused = self._alike + 1 if words == self._refused else 1, words
+        if first:
+            return BadInput(f"--llm {self.model}: {self.where} refused the first request: {reply.message}")
+        if self._alike < ALIKE:
+            return None
+        again = "Once that is mended, --retry-failed asks them again"
+        return BadInput(f"--llm {self.model}: {self.where} refused {ALIKE} requests in a row: {reply.message}. {again}")
+
+    def do_without(self, names: frozenset[str]) -> None:
+        """Leave these settings out from now on."""
+        for name in names - self._without:
+            self._once(name, WITHOUT[name])
+        self._without |= names
+
+    def add_version(self) -> bool:
+        """Go on at /v1 of an address that names no version; False where there is nothing to add."""
+        if self.azure or re.search(r"/v\d", str(self.base_url.path)):
             return False
-        if "response_format" in body and re.search("response_format|json_schema|schema|structured|grammar", message, re.I):
-            self._once("schema", "takes no JSON schema; verdicts are read from plain text")
-            self._takes_schema = False
-        elif not unknown:
-            return False
-        elif "temperature" in body and "temperature" in message:
-            self._once("temperature", "takes no temperature; its default is used")
-            self._takes_temperature = False
-        elif name := next((name for name in other if name in body and re.search(rf"\b{name}\b", message)), None):
-            if name in self._adapted:  # neither name is taken: another error
-                return False
-            if self._limit_name == name:
-                self._once(other[name], f"takes {other[name]} instead of {name}")
-                self._limit_name = other[name]
-        else:
-            return False
+        terminal.say(f"note:  {self.where} has no such path; trying {address.shown(self.base_url)}/v1")
+        for client in self._clients:
+            client.base_url = f"{str(client.base_url).rstrip('/')}/v1"
         return True
 
     def _once(self, what: str, said: str) -> None:
-        if what not in self._adapted:
-            self._adapted.add(what)
+        if what not in self._said:
+            self._said.add(what)
             terminal.say(f"note:  {self.model} {said}")
 
     def read(self, request: Request, completion: Any) -> Reply:
-        """Reply of a chat completion; `ValueError` where the JSON is not one."""
-        try:
-            choice = completion["choices"][0]
-            message, usage = choice["message"], completion.get("usage")
-            text = (message.get("content") or "").encode("utf-8", "replace").decode()  # half a surrogate pair
-            finish = str(choice.get("finish_reason") or "stop")
-            if not usage:
-                self._once("usage", "reports no usage; tokens and cost are estimates (four bytes a token)")
-                usage = {"prompt_tokens": len(request.prompt.encode()) // 4, "completion_tokens": len(text.encode()) // 4}
-            tokens = {name: int(usage.get(name) or 0) for name in ("prompt_tokens", "completion_tokens")}
-            refused = bool(message.get("refusal"))
-        except (AttributeError, KeyError, TypeError, IndexError) as error:
-            raise ValueError("not a chat completion") from error
-        reason = ""
-        if refused:
-            reason = "refusal"
-        elif finish in ("length", "content_filter"):
-            reason = finish
-        elif not text.strip():
-            reason = "empty"
-        return Reply(text.strip(), reason, finish, **tokens)
+        """Reply of a chat completion, not yet judged; `ValueError` where the JSON is not one."""
+        reply = replies.read(completion, request.prompt)
+        if not completion.get("usage"):
+            self._once("usage", "reports no usage; tokens and cost are estimates (four bytes a token)")
+        return reply
 
 
-def used_up(model: str) -> str:
-    return f"{model}: the account's quota is used up; add credit and run again"
+def _why(reply: Reply) -> str:
+    return f"{reply.reason}: {reply.message}" if reply.message else reply.reason
 
 
-def refusal(code: Any, message: str) -> str:
-    """Why a server refuses one request for good (4xx)."""
-    message = message.lower()
-    if code == "context_length_exceeded" or "context length" in message or "maximum context" in message:
-        return "context_length"
-    return "content_filter" if code == "content_filter" else "bad_request"
-
-
-def _retry_after(error: Any, default: float) -> float:
+def _retry_after(response: Any, default: float) -> float:
     """Seconds to wait that the server asked for: `retry-after-ms`, seconds, or an HTTP date."""
-    headers = error.response.headers
+    headers: Mapping[str, str] = response.headers if response is not None else {}
     try:
         if "retry-after-ms" in headers:
             return float(headers["retry-after-ms"]) / 1000

@@ -18,7 +18,8 @@ def default_llm(ds: str, wanted: str | None, base_url: str | None = None) -> str
     server is given."""
     if wanted:
         return wanted
-    if base_url or os.environ.get("OPENAI_BASE_URL") or os.environ.get("OPENAI_API_KEY") or not paths.recorded(ds).is_dir():
+    places = ("OPENAI_BASE_URL", "OPENAI_API_KEY", "AZURE_OPENAI_ENDPOINT")
+    if base_url or any(map(os.environ.get, places)) or not paths.recorded(ds).is_dir():
         return "gpt-4o"
     terminal.say(f"note:  OPENAI_API_KEY is not set; using the recorded answers that ship for {ds} (--llm replay)")
     return "replay"
@@ -37,7 +38,8 @@ def make_teacher(name: str, ds: str, output: Path, args: argparse.Namespace) -> 
         return ReplayTeacher(ds)
     if args.max_cost is not None and not cost.price_of(name, args.batch):
         raise BadInput(f"--max-cost: {cost.PRICES.name} lists no price for {name}; add it there ({cost.PRICES})")
-    if name == "smollm2" or name.startswith("hf:") or os.path.isdir(name):
+    named = args.base_url or (os.environ.get("OPENAI_BASE_URL", "").strip() and os.path.isdir(name))
+    if not named and (name == "smollm2" or name.startswith("hf:") or os.path.isdir(name)):
         from syntriever.llm.local import LocalTeacher
 
         if args.batch:
