@@ -35,6 +35,7 @@ def make_teacher(name: str, ds: str, output: Path, args: argparse.Namespace) -> 
             return LedgerTeacher(args.ledger, model)
         if model:
             raise BadInput(f"--llm {name}: name the ledger that holds the replies of {model} (--ledger FILE)")
+        terminal.say("note:  recorded answers do not depend on the prompts")
         return ReplayTeacher(ds)
     if args.max_cost is not None and not cost.price_of(name, args.batch):
         raise BadInput(f"--max-cost: {cost.PRICES.name} lists no price for {name}; add it there ({cost.PRICES})")
