@@ -39,6 +39,9 @@ def main(args: argparse.Namespace) -> None:
     qrels = dataset.load_qrels(args.dataset, "train")
     queries = sorted(qrels)
     chosen = set(random.Random(args.seed).sample(queries, max(1, round(len(queries) * args.share))))
+    first = dataset.first_queries({query: text for query, text in dataset.load_queries(args.dataset).items() if query in qrels})
+    texts = {first[query] for query in chosen if query in first}
+    chosen |= {query for query in first if first[query] in texts}  # no text is on both sides
     splits = {"train": [q for q in qrels if q not in chosen], "dev": [q for q in qrels if q in chosen]}
     for split, of_split in splits.items():
         with jsonl.atomic(paths.qrels(made, split)) as file:

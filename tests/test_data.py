@@ -232,7 +232,7 @@ def test_a_repeated_passage_id_is_named(data, monkeypatch, hashes):
         Corpus("x")
 
 
-@pytest.mark.parametrize("bad", [{"_id": 7, "text": ""}, {"_id": "b", "text": None}, {"_id": "b", "text": "", "title": ["t"]}])
+@pytest.mark.parametrize("bad", [{"_id": 7.5, "text": ""}, {"_id": "b", "text": None}, {"_id": "b", "text": "", "title": ["t"]}])
 def test_bad_and_empty_files_are_named(data, bad):
     write_corpus(data, [{"_id": "a", "text": "t"}, bad])
     with pytest.raises(BadInput, match=r"^datasets/x/corpus\.jsonl:2: "):

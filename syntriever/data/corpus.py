@@ -1,7 +1,10 @@
 """The passages of a dataset, read from disk as they are asked for."""
 
+import re
+import unicodedata
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from pathlib import Path
 
 import numpy as np
 
@@ -9,35 +12,59 @@ from syntriever.errors import BadInput
 from syntriever.files import jsonl, paths
 from syntriever.run import terminal
 
+UNFIT = re.compile(r"[\s\0]")  # what an id in a TREC file must not have
+
+
+def normal(text: str) -> str:
+    """What texts that count as one have in common: their characters in Unicode's composed form (NFC), white space
+    stripped and collapsed."""
+    return " ".join(unicodedata.normalize("NFC", text).split())
+
+
+def rows_with_id(path: Path) -> Iterator[tuple[int, int, jsonl.Row]]:
+    """(line number, byte offset, row) of a file of passages or queries."""
+    for line, offset, row in jsonl.read_with_offsets(path, {"_id": str, "text": str}):
+        if not row["_id"]:
+            raise BadInput(f"{paths.shown(path)}:{line}: field '_id' is empty")
+        yield line, offset, row
+
 
 class Corpus:
     """Passages of `corpus.jsonl` by position or id, read from disk as they are asked for.
 
-    Memory is the ids plus 32 bytes a passage (about 350 MB for MS MARCO's 8.8M passages).
+    Passages with the same text (`normal`) are one wherever texts are compared: `twin` is the first of them.
+    Memory is the ids plus 32 bytes a passage (about 350 MB for MS MARCO's 8.8M passages), and 16 a repeated text.
     Raises `BadInput` with `file:line` on a malformed or repeated passage.
     """
 
     def __init__(self, ds: str) -> None:
         self.path = paths.corpus(ds)
         ids, starts, ends = bytearray(), array("q"), array("q", [0])
+        texts = array("Q")
         self.empty = 0  # passages without title and text
-        fields: dict[str, type | tuple[type, ...]] = {"_id": str, "text": str}
-        for line, offset, row in terminal.progress(jsonl.read_with_offsets(self.path, fields), desc=f"scan {ds}", unit="passage"):
+        self.unfit: str | None = None  # an id that no TREC file can hold
+        for line, offset, row in terminal.progress(rows_with_id(self.path), desc=f"scan {ds}", unit="passage"):
             if not isinstance(row.get("title"), str | None):
                 raise BadInput(f"{paths.shown(self.path)}:{line}: field 'title' has type {type(row['title']).__name__}")
             ids += row["_id"].encode()
             starts.append(offset)
             ends.append(len(ids))
-            self.empty += not self._text(row)
+            text = normal(self._text(row))
+            texts.append(jsonl.hash64(text))
+            self.empty += not text
+            if self.unfit is None and UNFIT.search(row["_id"]):
+                self.unfit = row["_id"]
         if not starts:
             raise BadInput(f"{paths.shown(self.path)} is empty")
         if self.empty:
-            print(f"note:  {paths.shown(self.path)} has {self.empty} passages without any text", flush=True)
+            terminal.say(f"note:  {paths.shown(self.path)} has {self.empty} passages without any text")
         self._ids, self._ends, self._starts = bytes(ids), np.array(ends, np.int64), np.array(starts, np.int64)
         hashes = np.fromiter((jsonl.hash64(self.id(i)) for i in range(len(self))), np.uint64, len(self))
         self._order = np.argsort(hashes, kind="stable")
         self._hashes = hashes[self._order]
         self._file = self.path.open("rb")
+        self._repeats, self._firsts = self._find_twins(np.frombuffer(texts, np.uint64))
+        self.repeats = len(self._repeats)  # passages that have the text of one before them
         for at in np.flatnonzero(self._hashes[1:] == self._hashes[:-1]) + 1:
             second = int(self._order[at])
             first = self.position(self.id(second))
@@ -49,6 +76,23 @@ class Corpus:
     def _text(row: jsonl.Row) -> str:
         """What the encoder and the teacher see: title and text, as BEIR joins them."""
         return f"{row.get('title') or ''} {row['text']}".strip()
+
+    def _find_twins(self, hashes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Ascending positions of the passages whose text stands before, and those of its first passage. Only texts
+        whose hash occurs twice are read and compared."""
+        order = np.argsort(hashes, kind="stable")
+        again = np.flatnonzero(hashes[order[1:]] == hashes[order[:-1]]) + 1
+        repeats, firsts, seen, last = array("q"), array("q"), {}, None
+        for at in again.tolist():
+            if last != at - 1:  # another hash, or the first passage of this one
+                seen = {normal(self.text(int(order[at - 1]))): int(order[at - 1])}
+            last, position = at, int(order[at])
+            first = seen.setdefault(normal(self.text(position)), position)
+            if first != position:
+                repeats.append(position)
+                firsts.append(first)
+        ascending = np.argsort(repeats)
+        return np.array(repeats, np.int64)[ascending], np.array(firsts, np.int64)[ascending]
 
     def _line(self, position: int) -> int:
         """Number of the line that a passage stands on, for messages."""
@@ -70,6 +114,29 @@ class Corpus:
                 return int(self._order[at])
             at += 1
         return None
+
+    def twins(self, positions: np.ndarray) -> np.ndarray:
+        """For each position that of the first passage with the same text: its own where none stands before it."""
+        if not self.repeats:
+            return positions
+        at = np.searchsorted(self._repeats, positions).clip(max=self.repeats - 1)
+        return np.where(self._repeats[at] == positions, self._firsts[at], positions)
+
+    def twin(self, position: int) -> int:
+        return int(self.twins(np.array([position]))[0])
+
+    def first_id(self, passage_id: str) -> str:
+        """Id of the first passage with the same text; the id itself where the corpus lacks it."""
+        position = self.position(passage_id)
+        return passage_id if position is None else self.id(self.twin(position))
+
+    def distinct(self, passage_ids: Iterable[str]) -> Iterator[str]:
+        """The ids without those whose text one before them has."""
+        seen: set[str] = set()
+        for passage_id in passage_ids:
+            if (first := self.first_id(passage_id)) not in seen:
+                seen.add(first)
+                yield passage_id
 
     def text(self, position: int) -> str:
         self._file.seek(int(self._starts[position]))

@@ -1,23 +1,27 @@
 """Datasets in BEIR layout: download, checks, and access that never holds a corpus in memory."""
 
 import argparse
+import re
 from pathlib import Path
 
 from syntriever.data import download
-from syntriever.data.corpus import Corpus
+from syntriever.data.corpus import Corpus, normal, rows_with_id
 from syntriever.errors import BadInput
 from syntriever.files import jsonl, paths
-from syntriever.run import processes
+from syntriever.run import processes, terminal
 
 # Queries of these two are themselves passages of the corpus; BEIR drops a query's own passage.
 SELF_RETRIEVAL = {"arguana", "quora"}
+
+# A judgement takes 8 bytes of pytrec_eval for each unit of the highest grade: a time stamp as a grade fills any memory.
+GRADES = range(-1, 101)
 
 Qrels = dict[str, dict[str, int]]
 
 
 def is_dataset(name: str) -> bool:
-    """True for a name of BEIR or the Hub, `pydocs`, or a folder `datasets/<name>/` with a corpus."""
-    return name in download.NAMED or name in download.COPIES or name == "pydocs" or paths.corpus(name).is_file()
+    """True for a name of BEIR or the Hub, `pydocs`, or a folder `datasets/<name>/`."""
+    return name in download.NAMED or name in download.COPIES or name == "pydocs" or paths.dataset(name).is_dir()
 
 
 def add_argument(parser: argparse.ArgumentParser) -> None:
@@ -27,8 +31,12 @@ def add_argument(parser: argparse.ArgumentParser) -> None:
 
 
 def files(ds: str, *splits: str) -> list[Path]:
-    """What a stage reads of a dataset: corpus, queries, and the judgements of the splits that are there."""
-    return [paths.corpus(ds), paths.queries(ds), *(path for split in splits if (path := paths.qrels(ds, split)).is_file())]
+    """What a stage reads of a dataset: corpus, queries, and the judgements of the splits that are there.
+    Raises `BadInput` where one cannot be read."""
+    found = [paths.corpus(ds), paths.queries(ds), *(path for split in splits if (path := paths.qrels(ds, split)).exists())]
+    for path in found:
+        jsonl.opened(path).close()
+    return found
 
 
 def ensure(ds: str, fetch: bool = True) -> None:
@@ -37,10 +45,11 @@ def ensure(ds: str, fetch: bool = True) -> None:
     folder = paths.dataset(ds)
     if folder.is_dir():
         for needed in (paths.corpus(ds), paths.queries(ds)):
-            if not needed.is_file():
+            if not needed.exists():
                 raise BadInput(f"{paths.shown(needed)} is missing; a dataset folder holds corpus.jsonl, queries.jsonl, qrels/")
+            jsonl.opened(needed).close()
     elif ds == "pydocs":
-        raise BadInput("datasets/pydocs is not built yet. Run: python datasets/build_pydocs.py")
+        raise BadInput(f"datasets/pydocs is not built yet. Run: {terminal.command('datasets/build_pydocs.py')}")
     elif ds == "cqadupstack":
         raise BadInput(f"cqadupstack is twelve datasets: {', '.join(download.FORUMS)}; only evaluate.py takes them together")
     elif ds in download.NAMED or ds in download.COPIES:
@@ -54,25 +63,33 @@ def ensure(ds: str, fetch: bool = True) -> None:
 
 
 def load_qrels(ds: str, split: str) -> Qrels:
-    """{query id: {passage id: grade}} of one split."""
+    """{query id: {passage id: grade}} of one split, in BEIR's three columns or the four of TREC, with or without a
+    header. Raises `BadInput` with `file:line` on anything else, and on a grade outside `GRADES`."""
     path = paths.qrels(ds, split)
-    if not path.is_file():
+    if not path.exists() and not path.parent.is_file():
         there = sorted(p.stem for p in path.parent.glob("*.tsv"))
         raise BadInput(f"{paths.shown(path)}: no such split; this dataset has: {', '.join(there) or 'no qrels at all'}")
     qrels: Qrels = {}
-    with path.open("rb") as file:
+    with jsonl.opened(path) as file:
         for number, raw in enumerate(file, 1):
             try:
-                fields = raw.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n").split("\t")
-                if fields == [""] or (number == 1 and fields[-1] == "score"):
+                line = raw.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
+                fields = line.split("\t" if "\t" in line else None)
+                if not fields or (number == 1 and re.fullmatch(r"[^\W\d]\D*", fields[-1])):  # a blank line, a header
                     continue
-                query_id, passage_id, grade = fields[0], fields[1], int(fields[2])
-                if len(fields) != 3 or not query_id or not passage_id:
+                if len(fields) == 4 and re.fullmatch(r"Q?\d+", fields[1]):
+                    del fields[1]  # the iteration of a TREC file
+                elif "\t" not in line:
                     raise ValueError
-            except (ValueError, IndexError):
-                message = "expected query-id, corpus-id, whole-number score, separated by tabs"
+                query_id, passage_id, score = fields
+                grade = float(score.replace("_", "x"))  # Python reads 1_0 as ten
+                if not (query_id and passage_id and grade.is_integer() and GRADES[0] <= grade <= GRADES[-1]):
+                    raise ValueError
+            except ValueError:
+                columns = "expected query-id, corpus-id and score, separated by tabs, or the four columns of TREC"
+                message = f"{columns}; a score is a whole number from {GRADES[0]} to {GRADES[-1]}, below 1 not relevant"
                 raise BadInput(f"{paths.shown(path)}:{number}: {message}") from None
-            if qrels.setdefault(query_id, {}).setdefault(passage_id, grade) != grade:
+            if qrels.setdefault(query_id, {}).setdefault(passage_id, int(grade)) != grade:
                 raise BadInput(f"{paths.shown(path)}:{number}: {query_id!r}, {passage_id!r} was already judged otherwise")
     if not qrels:
         raise BadInput(f"{paths.shown(path)} has no judgement")
@@ -83,7 +100,7 @@ def load_queries(ds: str) -> dict[str, str]:
     """{query id: text}; a repeated id or an empty text is `BadInput`."""
     queries: dict[str, str] = {}
     path = paths.queries(ds)
-    for number, _, row in jsonl.read_with_offsets(path, {"_id": str, "text": str}):
+    for number, _, row in rows_with_id(path):
         if row["_id"] in queries:
             raise BadInput(f"{paths.shown(path)}:{number}: query id {row['_id']!r} was already used")
         if not row["text"].strip():
@@ -108,6 +125,25 @@ def load_split(ds: str, split: str, corpus: Corpus | None = None, strict: bool =
     if not known:
         raise BadInput(f"{where}: no judged query is in {paths.shown(paths.queries(ds))}")
     return {q: texts[q] for q in known}, known
+
+
+def first_queries(queries: dict[str, str]) -> dict[str, str]:
+    """{query id: id of the first query with the same text}: its own where none stands before it."""
+    firsts: dict[str, str] = {}
+    return {query: firsts.setdefault(normal(text), query) for query, text in queries.items()}
+
+
+def by_text(queries: dict[str, str], qrels: Qrels, corpus: Corpus) -> Qrels:
+    """The judgements where equal texts are one: equal queries share theirs, and a passage goes by the id of the first with
+    its text and has the best of their grades."""
+    firsts = first_queries(queries)
+    shared: Qrels = {first: {} for first in firsts.values()}
+    for query, judged in qrels.items():
+        grades = shared[firsts[query]]
+        for passage, grade in judged.items():
+            first = corpus.first_id(passage)
+            grades[first] = max(grade, grades.get(first, grade))
+    return {query: shared[firsts[query]] for query in qrels}
 
 
 def _report_unknown(where: str, what: str, ids: list[str], strict: bool) -> None:

@@ -6,6 +6,7 @@ Files are UTF-8 and split on b"\n" only: U+2028 and its kin are legal inside JSO
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
@@ -35,8 +36,15 @@ def _finite(number: str) -> float:
     return value
 
 
+@functools.cache
+def _say_integer_ids(path: Path) -> None:
+    if os.environ.get("RANK", "0") == "0":  # of several processes, the first talks
+        print(f"note:  {shown(path)} has whole numbers as ids; they are read as text", flush=True)
+
+
 def parse(line: bytes, path: Path, number: int, fields: dict[str, type | tuple[type, ...]]) -> Row:
-    """Row of one line, with every name of `fields` present and of its type, else `BadInput`."""
+    """Row of one line, with every name of `fields` present and of its type, else `BadInput`. An id
+    (`_id`, `query_id`, ...) that is a whole number is read as text, which is said once per file."""
     try:
         row = json.loads(line.decode("utf-8"), parse_constant=_reject_constant, parse_float=_finite)
         if b"\\u" in line:
@@ -52,9 +60,20 @@ def parse(line: bytes, path: Path, number: int, fields: dict[str, type | tuple[t
     for name, kind in fields.items():
         if name not in row:
             raise BadInput(f"{shown(path)}:{number}: field {name!r} is missing")
+        if name.endswith("_id") and kind is str and type(row[name]) is int:
+            row[name] = str(row[name])
+            _say_integer_ids(path)
         if not isinstance(row[name], kind):
             raise BadInput(f"{shown(path)}:{number}: field {name!r} has type {type(row[name]).__name__}")
     return row
+
+
+def opened(path: Path) -> BinaryIO:
+    """An input, open for reading. Raises `BadInput` where it is not there, is no file, or may not be read."""
+    try:
+        return path.open("rb")
+    except OSError as error:
+        raise BadInput(f"{shown(path)}: {(error.strerror or str(error)).lower()}") from None
 
 
 def read(path: Path, fields: dict[str, type | tuple[type, ...]] | None = None, torn: bool = False) -> Iterator[Row]:
@@ -71,10 +90,8 @@ def read_with_offsets(
     path: Path, fields: dict[str, type | tuple[type, ...]], torn: bool = False
 ) -> Iterator[tuple[int, int, Row]]:
     """(line number, byte offset, row) of every row of `path`."""
-    if not path.is_file():
-        raise BadInput(f"{shown(path)}: no such file")
     offset = 0
-    with path.open("rb") as file:
+    with opened(path) as file:
         for number, line in enumerate(file, 1):
             start, offset = offset, offset + len(line)
             if number == 1 and line.startswith(b"\xef\xbb\xbf"):

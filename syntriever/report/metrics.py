@@ -1,5 +1,8 @@
 """Retrieval measures as trec_eval computes them, and paired tests between two systems."""
 
+import re
+from urllib.parse import quote
+
 import numpy as np
 
 from syntriever.data.dataset import Qrels
@@ -15,7 +18,7 @@ def evaluate(qrels: Qrels, run: Run, ks: tuple[int, ...] = KS) -> Measures:
     """Values for nDCG@k (graded), MAP@k, Recall@k, P@k and MRR@k.
 
     Every judged query counts: one without results scores 0 (pytrec_eval alone would leave it out
-    and inflate the mean).
+    and inflate the mean). A grade below 0 counts as 0, as trec_eval has it.
     """
     import pytrec_eval
 
@@ -23,7 +26,8 @@ def evaluate(qrels: Qrels, run: Run, ks: tuple[int, ...] = KS) -> Measures:
     names = {"nDCG": "ndcg_cut", "MAP": "map_cut", "Recall": "recall", "P": "P"}
     judged = {query: run.get(query) or {} for query in qrels}
     found = {query: scores for query, scores in judged.items() if scores}
-    evaluator = pytrec_eval.RelevanceEvaluator(qrels, {f"{name}.{cuts}" for name in names.values()})
+    graded = {query: {passage: max(grade, 0) for passage, grade in of_query.items()} for query, of_query in qrels.items()}
+    evaluator = pytrec_eval.RelevanceEvaluator(graded, {f"{name}.{cuts}" for name in names.values()})
     values = evaluator.evaluate(found) if found else {}
     measures = {
         f"{label}@{k}": {query: values.get(query, {}).get(f"{name}_{k}", 0.0) for query in qrels}
@@ -42,6 +46,11 @@ def evaluate(qrels: Qrels, run: Run, ks: tuple[int, ...] = KS) -> Measures:
 def _trec_order(scores: dict[str, float]) -> list[str]:
     """Passages best first; trec_eval breaks ties by descending id and reads scores as 32-bit floats."""
     return sorted(scores, key=lambda p: (np.float32(scores[p]), p), reverse=True)
+
+
+def trec_id(text: str) -> str:
+    """An id as a TREC file can hold it: white space and % percent-encoded; `urllib.parse.unquote` gives it back."""
+    return re.sub(r"[\s\0%]", lambda found: quote(found[0]), text)
 
 
 def mean(values: dict[str, float]) -> float:

@@ -1,9 +1,13 @@
 """What a stage says to the person in front of it: lines and progress."""
 
+import os
+import shlex
 import sys
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any, TextIO
 
+from syntriever.files import paths
 from syntriever.run import processes
 
 # Seconds between two lines of progress where the output is a file: each line stays.
@@ -14,6 +18,14 @@ def say(*words: object) -> None:
     """Print a line at once, also when the output is piped; of several processes, the first talks."""
     if processes.rank() == 0:
         print(*words, flush=True)
+
+
+def command(script: str, *words: object, **options: object) -> str:
+    """The command that runs a script of this project from where the user stands. Options that are None are left out."""
+    path: Any = paths.CODE / script
+    path = os.path.relpath(path) if Path.cwd().is_relative_to(paths.CODE) else path
+    given = [part for name, value in options.items() if value is not None for part in (f"--{name.replace('_', '-')}", value)]
+    return shlex.join(map(str, ["python", path, *words, *given]))
 
 
 def next_command(*words: str) -> None:
