@@ -13,7 +13,7 @@ import sys
 import textwrap
 from collections.abc import Iterable
 
-from syntriever.data import dataset
+from syntriever.data import dataset, download
 from syntriever.data.corpus import Corpus
 from syntriever.encode import models
 from syntriever.errors import BadInput
@@ -35,10 +35,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--seed", type=int, default=42, help="seed of the sample that trains --index (default: %(default)s)")
     options.add_encoding_options(parser)
-    args = parser.parse_args(argv)
-    if args.top_k is None:
-        args.top_k = 5 if args.query else 100
-    return args
+    return parser.parse_args(argv)
 
 
 def main(args: argparse.Namespace) -> None:
@@ -52,8 +49,8 @@ def main(args: argparse.Namespace) -> None:
     dataset.ensure(args.dataset)
     forced = lineage.check_fresh(ref.weights, args.force)
     corpus = Corpus(args.dataset)
-    if not 1 <= args.top_k <= len(corpus):
-        raise BadInput(f"--top-k {args.top_k}: {paths.shown(corpus.path)} has {len(corpus)} passages")
+    typed, default = args.top_k, 100 if args.query is None else 5
+    args.top_k = cli.at_most("--top-k", typed, default, len(corpus), paths.shown(corpus.path))
     if args.query is not None:
         show(args, ref, corpus)
         return
@@ -62,7 +59,7 @@ def main(args: argparse.Namespace) -> None:
     record.reads(corpus.path, paths.queries(args.dataset), paths.qrels(args.dataset, "train"), *ref.weights)
     terminal.say(f"read   {len(corpus):,} passages and {len(queries):,} training queries of {args.dataset}")
 
-    output = paths.top(ref.name, args.dataset, args.top_k)
+    output = paths.top(ref.name, args.dataset, typed or default)
     with processes.lock(output):
         found = search(args, ref, corpus, queries)
         if processes.rank():
@@ -73,7 +70,8 @@ def main(args: argparse.Namespace) -> None:
                 file.write(jsonl.dumps({"query_id": query, "query": queries[query], "passages": passages}))
         record.write(output, queries=len(queries), model=ref.where)
     terminal.say(f"wrote  {paths.shown(output)}: top {args.top_k} of {len(queries):,} queries")
-    terminal.next_command(f"python stage2/parse_comparison.py {args.dataset} --model {ref.name}")
+    ds = download.as_typed(args.dataset)
+    terminal.next_command("stage2/parse_comparison.py", ds, model=args.model, name=args.name, top_k=typed)
 
 
 def search(

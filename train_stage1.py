@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from syntriever.data import dataset
+from syntriever.data import dataset, download
 from syntriever.data.corpus import Corpus
 from syntriever.encode import models
 from syntriever.errors import BadInput
@@ -143,16 +143,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--view-weight", type=float, help=f"weight of the LLM's texts in the loss (default: {VIEW_WEIGHT})")
     parser.add_argument(
-        "--corpus-weight",
-        type=float,
-        default=0.3,
-        help="weight of gold passages against the corpus in --loss distill (default: %(default)s)",
+        "--corpus-weight", type=float, default=0.3, help="weight of the corpus term of distill (default: %(default)s)"
     )
     parser.add_argument(
-        "--candidates",
-        type=int,
-        default=200,
-        help="passages of the corpus that each query of a batch brings to --loss distill (default: %(default)s)",
+        "--candidates", type=int, default=200, help="passages that each query of a batch brings to distill (default: %(default)s)"
     )
     parser.add_argument(
         "--no-mask-known-positives",
@@ -205,9 +199,10 @@ def make_loss(args: argparse.Namespace, relevant: Sequence[set[int]], bank: Bank
 
 
 def training_rows(qrels: dataset.Qrels, corpus: Corpus) -> list[tuple[str, int]]:
-    """(query id, position of a relevant passage) of every judgement of at least 1."""
+    """(query id, position of a relevant passage) of every judgement of at least 1; of passages with the same text, the first."""
     found = ((query, grade, corpus.position(passage)) for query, judged in qrels.items() for passage, grade in judged.items())
-    return [(query, position) for query, grade, position in found if grade >= 1 and position is not None]
+    known = ((query, corpus.twin(position)) for query, grade, position in found if grade >= 1 and position is not None)
+    return list(dict.fromkeys(known))
 
 
 def synthetic_texts(row: jsonl.Row | None, args: argparse.Namespace) -> tuple[list[str | None], int]:
@@ -231,14 +226,15 @@ def main(args: argparse.Namespace) -> None:
     dataset.ensure(args.dataset, fetch=False)
     source = paths.synthetic(args.dataset)
     used = not (args.no_synthetic or args.loss == "infonce")
-    remedy = f"Run: python datasets/parse_synthetic.py {args.dataset}   (or pass --no-synthetic)"
-    if used and not source.is_file():
-        raise BadInput(f"{paths.shown(source)} is not there. {remedy}")
+    typed = download.as_typed(args.dataset)
+    if used and not (source.is_file() and source.stat().st_size):
+        command = terminal.command("datasets/parse_synthetic.py", typed)
+        raise BadInput(f"{paths.shown(source)} is not there or is empty. Run: {command}   (or pass --no-synthetic)")
     dataset.ensure(args.dataset)
     output = paths.model_output(f"{ref.name}-sft-{args.dataset}")
     with processes.lock(output):
         train(args, ref, source if used else None, output)
-    terminal.next_command(f"python retrieval.py {ref.name}-sft {args.dataset}")
+    terminal.next_command("retrieval.py", f"{ref.name}-sft", typed)
 
 
 def train(args: argparse.Namespace, ref: models.ModelRef, source: Path | None, output: Path) -> None:
@@ -250,10 +246,6 @@ def train(args: argparse.Namespace, ref: models.ModelRef, source: Path | None, o
     if not rows:
         raise BadInput(f"{paths.shown(paths.qrels(args.dataset, 'train'))}: no judgement of at least 1 to train on")
     synthetic = jsonl.Table(source, "query_id", SYNTHETIC) if source else None
-    if source and synthetic is not None and not len(synthetic):
-        raise BadInput(
-            f"{paths.shown(source)} is empty. Run: python datasets/parse_synthetic.py {args.dataset}   (or --no-synthetic)"
-        )
     record.reads(*dataset.files(args.dataset, "train", "dev"), *([source] if source else []), *ref.weights)
     complete = sum(query in synthetic for query, _ in rows) if synthetic else 0
     terminal.say(
@@ -265,11 +257,12 @@ def train(args: argparse.Namespace, ref: models.ModelRef, source: Path | None, o
     from syntriever.train import bank, batching, frozen, journal, loop
 
     model = models.load(ref, device)
-    names = [query for query, _ in rows]
+    first = dataset.first_queries(queries)  # queries with the same text are one
+    names = [first[query] for query, _ in rows]
     numbers = {query: number for number, query in enumerate(dict.fromkeys(names))}
     relevant: list[set[int]] = [set() for _ in numbers]
     for query, position in rows:
-        relevant[numbers[query]].add(position)
+        relevant[numbers[first[query]]].add(position)
 
     def written(query: str) -> tuple[list[str | None], int]:
         return synthetic_texts(synthetic.get(query) if synthetic else None, args)
@@ -278,7 +271,7 @@ def train(args: argparse.Namespace, ref: models.ModelRef, source: Path | None, o
         query, position = rows[number]
         texts, verified = ([None] * 3, 0) if args.loss == "distill" else written(query)
         passages = [("document", text) if text is not None else None for text in (corpus.text(position), *texts)]
-        return [("query", queries[query]), *passages], [verified, numbers[query], position]
+        return [("query", queries[first[query]]), *passages], [verified, numbers[first[query]], position]
 
     def batches(epoch: int) -> list[list[int]]:
         together = 1 if args.no_mask_known_positives else GOLDS_TOGETHER
@@ -294,7 +287,10 @@ def train(args: argparse.Namespace, ref: models.ModelRef, source: Path | None, o
     with frozen.folder(output) as folder:
         looks_at = None
         if args.loss == "distill":  # the model is still the one that training starts from
-            asked, base = [(queries[query], views(query)) for query in numbers], ref.embeddings(args.dataset)
+            told: dict[str, list[str]] = {}
+            for query, _ in rows:  # of the first of several with the same text that something was written for
+                told[first[query]] = told.get(first[query]) or views(query)
+            asked, base = [(queries[query], texts) for query, texts in told.items()], ref.embeddings(args.dataset)
             looks_at = bank.build(model, corpus, base, folder, asked, relevant, args.candidates, args.max_length)
         loss = make_loss(args, relevant, looks_at)
         loop.train(model, loss, sample, batches, names, dev, args, output, record, resume, title)

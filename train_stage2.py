@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from syntriever.data import dataset
+from syntriever.data import dataset, download
 from syntriever.data.corpus import Corpus
 from syntriever.encode import models
 from syntriever.errors import BadInput
@@ -142,7 +142,7 @@ def make_loss(args: argparse.Namespace, reference: tuple[Tensor, Tensor] | None)
         rows = torch.arange(len(labels), device=labels.device)
         queries, candidates = labels[:, [0, 3]], torch.cat([labels[:, [1, 4]], labels[:, [2, 5]]])  # place and reference row
         pairs = torch.stack([rows, rows, rows + len(rows)], dim=1)
-        if args.batching == "lists":
+        if args.batching == "lists" or args.loss == "partial-plackett-luce":  # there a text that came twice was its own rival
             queries, query_row = queries.unique(dim=0, return_inverse=True)
             candidates, candidate_row = candidates.unique(dim=0, return_inverse=True)
             pairs = torch.stack([query_row, *candidate_row.view(2, -1)], dim=1)
@@ -162,8 +162,9 @@ def make_loss(args: argparse.Namespace, reference: tuple[Tensor, Tensor] | None)
 
 def load_pairs(ds: str, source: Path, queries: dict[str, str], corpus: Corpus) -> list[tuple[str, int, int]]:
     """(query id, position of the preferred, position of the rejected passage) of every preference, in
-    an order that does not depend on that of the file: verdicts arrive in any."""
-    pairs = []
+    an order that does not depend on that of the file: verdicts arrive in any. Of queries and passages with the same
+    text it is the first; a preference between two passages with the same text is left out, which is said."""
+    pairs, same, first = [], 0, dataset.first_queries(queries)
     for number, _, row in jsonl.read_with_offsets(source, {"query_id": str, "preferred_id": str, "rejected_id": str}):
         where = f"{paths.shown(source)}:{number}"
         better, worse = corpus.position(row["preferred_id"]), corpus.position(row["rejected_id"])
@@ -171,7 +172,13 @@ def load_pairs(ds: str, source: Path, queries: dict[str, str], corpus: Corpus) -
             raise BadInput(f"{where}: query {row['query_id']!r} is not a training query of {ds}")
         if better is None or worse is None or better == worse:
             raise BadInput(f"{where}: preferred_id and rejected_id must be two different passages of {paths.shown(corpus.path)}")
-        pairs.append((row["query_id"], better, worse))
+        better, worse = corpus.twin(better), corpus.twin(worse)
+        if better == worse:
+            same += 1
+        else:
+            pairs.append((first[row["query_id"]], better, worse))
+    if same:
+        terminal.say(f"note:  {same:,} preferences in {paths.shown(source)} are between equal texts; they are left out")
     if not pairs:
         raise BadInput(f"{paths.shown(source)} has no preference to train on")
     return sorted(pairs)
@@ -182,20 +189,20 @@ def main(args: argparse.Namespace) -> None:
     if args.beta < 0:
         raise BadInput(f"--beta must not be negative, got {args.beta}")
     ref = models.resolve(args.model, args.dataset, args.name)
+    typed = download.as_typed(args.dataset)
     source = args.preferences.resolve() if args.preferences else paths.preferences(ref.name, args.dataset)
     if args.preferences and not source.is_file():
         raise BadInput(f"--preferences: {args.preferences} is not there")
     if not source.is_file():
-        raise BadInput(
-            f"{paths.shown(source)} is not there. Run: python stage2/parse_comparison.py {args.dataset} --model {ref.name}"
-        )
+        command = terminal.command("stage2/parse_comparison.py", typed, model=args.model, name=args.name)
+        raise BadInput(f"{paths.shown(source)} is not there. Run: {command}")
     dataset.ensure(args.dataset)
     final = f"{ref.name.removesuffix('-sft')}-final"
     output = paths.model_output(f"{final}-{args.dataset}")
     with processes.lock(output):
         train(args, ref, source, output)
-    before = [args.model.removesuffix("-sft"), args.model] if models.is_own(args.model) else [ref.name]
-    terminal.next_command(f"python evaluate.py bm25 {' '.join(before)} {final} {args.dataset}")
+    before = models.comparable([ref.folder and lineage.started_from(ref.folder), args.model], args.dataset)
+    terminal.next_command("evaluate.py", "bm25", *before, final, typed)
 
 
 def train(args: argparse.Namespace, ref: models.ModelRef, source: Path, output: Path) -> None:

@@ -100,7 +100,7 @@ def main(args: argparse.Namespace) -> None:
     terminal.say(
         f"wrote  {paths.shown(target)}: {sum(counts.values())} query-passage pairs ({total}), Python {sys.version.split()[0]}"
     )
-    terminal.next_command("python datasets/parse_synthetic.py pydocs")
+    terminal.next_command("datasets/parse_synthetic.py", "pydocs")
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from typing import Any
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
-from syntriever.data import dataset
+from syntriever.data import dataset, download
 from syntriever.errors import BadInput
 from syntriever.files import jsonl, paths
 from syntriever.llm import asking, teachers
@@ -158,7 +158,7 @@ def main(args: argparse.Namespace) -> None:
             )
         check_failures(counts, len(done), output, args.max_failure_rate)
         record.write(output, **counts, **used)
-    terminal.next_command(f"python train_stage1.py {'minilm' if args.dataset == 'pydocs' else 'e5'} {args.dataset}")
+    terminal.next_command("train_stage1.py", "minilm" if args.dataset == "pydocs" else "e5", download.as_typed(args.dataset))
 
 
 if __name__ == "__main__":

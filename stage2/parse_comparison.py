@@ -20,7 +20,7 @@ from pathlib import Path
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
-from syntriever.data import dataset
+from syntriever.data import dataset, download
 from syntriever.data.corpus import Corpus
 from syntriever.encode import models
 from syntriever.errors import BadInput
@@ -65,10 +65,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = cli.parser(__doc__)
     dataset.add_argument(parser)
     parser.add_argument("--model", default="e5-sft", help="whose top passages are compared (default: %(default)s)")
-    parser.add_argument(
-        "--top-k", type=int, default=100, help="which retrieval file: the K it was made with (default: %(default)s)"
-    )
-    parser.add_argument("--k", type=int, default=5, help="compare the top K passages of each query (default: %(default)s)")
+    parser.add_argument("--name", help="short name for file names, where the model is a folder or a Hub id")
+    parser.add_argument("--top-k", type=int, help="which retrieval file: the K it was made with (default: 100)")
+    parser.add_argument("--k", type=int, help="compare the top K passages of each query, equal texts once (default: 5)")
     parser.add_argument(
         "--pairs", type=int, default=10, help="pairs per query, at random when K gives more (default: %(default)s)"
     )
@@ -120,12 +119,12 @@ async def compare(asker: asking.Asker, pair: Pair, query: str, corpus: Corpus, b
     return {"preferred_id": winner, "rejected_id": pair.second if winner == pair.first else pair.first, **row}
 
 
-def load_top(path: Path, k: int, limit: int | None, seed: int) -> tuple[jsonl.Table, list[str]]:
-    """(rows of the retrieval file by query id, ids of `limit` queries of a seeded shuffle)."""
+def load_top(path: Path, k: int | None, limit: int | None, seed: int) -> tuple[jsonl.Table, list[str]]:
+    """(rows of the retrieval file by query id, ids of `limit` queries of a seeded shuffle); each row has `k` passages."""
 
     def check(row: jsonl.Row) -> str | None:
         found = len(row["passages"])
-        return f"--k {k} but only {found} passages were retrieved" if found < k else None
+        return f"--k {k} but only {found} passages were retrieved" if k and found < k else None
 
     top = jsonl.Table(path, "query_id", {"query": str, "passages": list}, check)
     chosen = sorted(top)
@@ -133,15 +132,18 @@ def load_top(path: Path, k: int, limit: int | None, seed: int) -> tuple[jsonl.Ta
     return top, chosen[:limit]
 
 
-def pairs_of(row: jsonl.Row, args: argparse.Namespace) -> list[Pair]:
-    """The pairs of one query that are compared."""
-    return choose_pairs(row["query_id"], [passage["id"] for passage in row["passages"][: args.k]], args.pairs, args.seed)
+def pairs_of(row: jsonl.Row, corpus: Corpus, args: argparse.Namespace) -> list[Pair]:
+    """The pairs of one query that are compared: of its top passages with different texts."""
+    different = itertools.islice(corpus.distinct(passage["id"] for passage in row["passages"]), args.k)
+    return choose_pairs(row["query_id"], list(different), args.pairs, args.seed)
 
 
-def report_on(output: Path, gold: dataset.Qrels, title: str) -> None:
-    """Write and print what the verdicts in `output` and in its failed file are worth."""
+def report_on(output: Path, gold: dataset.Qrels, corpus: Corpus, title: str) -> None:
+    """Write and print what the verdicts in `output` and in its failed file are worth. `gold` is by text."""
     files = [path for path in (output, paths.failed(output)) if path.is_file()]
-    found = judge.report(itertools.chain.from_iterable(map(jsonl.read, files)), gold)
+    rows = itertools.chain.from_iterable(map(jsonl.read, files))
+    pair = ("preferred_id", "rejected_id")
+    found = judge.report(({**row, **{name: corpus.first_id(row[name]) for name in pair if name in row}} for row in rows), gold)
     jsonl.write_json(paths.report(output, ".json"), found)
     judge.draw(found, paths.report(output, ".png"), title)
     terminal.say(f"judge  {paths.shown(paths.report(output, '.json'))} and .png")
@@ -154,19 +156,21 @@ def main(args: argparse.Namespace) -> None:
     for name, least in (("k", 2), ("pairs", 1), ("limit", 1)):
         if getattr(args, name) is not None and getattr(args, name) < least:
             raise BadInput(f"--{name} must be at least {least}")
-    ref = models.resolve(args.model, args.dataset)
+    ref, ds = models.resolve(args.model, args.dataset, args.name), download.as_typed(args.dataset)
     dataset.ensure(args.dataset)
-    source, output = paths.top(ref.name, args.dataset, args.top_k), paths.preferences(ref.name, args.dataset)
+    source, output = paths.top(ref.name, args.dataset, args.top_k or 100), paths.preferences(ref.name, args.dataset)
     if not source.is_file():
-        raise BadInput(f"{paths.shown(source)} is not there. Run: python retrieval.py {args.model} {args.dataset}")
+        command = terminal.command("retrieval.py", args.model, ds, name=args.name, top_k=args.top_k)
+        raise BadInput(f"{paths.shown(source)} is not there. Run: {command}")
     top, chosen = load_top(source, args.k, args.limit, args.seed)
+    args.k = args.k or 5
     forced = lineage.check_fresh([source], args.force)
     # Read before anything is paid, for the report at the end.
-    corpus, gold = Corpus(args.dataset), dataset.load_qrels(args.dataset, "train")
+    corpus = Corpus(args.dataset)
+    gold = dataset.by_text(*dataset.load_split(args.dataset, "train"), corpus)
     args.llm = teachers.default_llm(args.dataset, args.llm, args.base_url)
     teacher = teachers.make_teacher(args.llm, args.dataset, output, args)
     ledger = args.ledger or paths.comparison_ledger(args.dataset)
-    every = min(args.pairs, args.k * (args.k - 1) // 2) * len(chosen)
 
     async def work(asker: asking.Asker, item: tuple[Pair, str]) -> jsonl.Row:
         pair, query = item
@@ -182,14 +186,20 @@ def main(args: argparse.Namespace) -> None:
             made = jsonl.read(output, {"query_id": str, "shown": list}, torn=args.dry_run)
             done = jsonl.Seen(str(Pair(row["query_id"], *row["shown"])) for row in made)
 
-        def pending() -> Iterator[tuple[Pair, str]]:
+        def wanted() -> Iterator[tuple[Pair, str]]:
             for row in filter(None, map(top.get, chosen)):
-                yield from ((pair, row["query"]) for pair in pairs_of(row, args) if str(pair) not in done)
+                yield from ((pair, row["query"]) for pair in pairs_of(row, corpus, args))
 
-        # What is done may be of other queries: another limit, another seed.
-        todo = sum(1 for _ in pending()) if len(done) else every
+        every = todo = 0
+        for pair, _ in wanted():
+            every, todo = every + 1, todo + (str(pair) not in done)
+        if not every:
+            raise BadInput(f"{paths.shown(source)}: no query has two passages with different texts to compare")
+        if short := min(args.pairs, args.k * (args.k - 1) // 2) * len(chosen) - every:
+            terminal.say(f"note:  {short:,} pairs fewer: of some queries fewer than {args.k} different texts were retrieved")
         terminal.say(f"read   top {args.k} of {len(chosen):,} queries: {every:,} pairs, {every - todo:,} done, {todo:,} to ask")
-        counts, used = append_rows(output, ledger, pending(), todo, work, teacher, args, unit="pair")
+        pending = (item for item in wanted() if str(item[0]) not in done)
+        counts, used = append_rows(output, ledger, pending, todo, work, teacher, args, unit="pair")
         if args.dry_run:
             return
         terminal.say(f"wrote  {paths.shown(output)}: {counts['written']:,} new preferences of {len(done) + counts['written']:,}")
@@ -198,10 +208,10 @@ def main(args: argparse.Namespace) -> None:
                 terminal.say(f"       {counts[reason]:,} {words}, kept apart in {paths.shown(paths.failed(output))}")
         if counts["not_recorded"]:
             terminal.say(f"       {counts['not_recorded']:,} pairs have no recorded verdict; they are left out")
-        report_on(output, gold, f"{args.llm} on {args.dataset}, top {args.k} of {ref.name}")
+        report_on(output, gold, corpus, f"{args.llm} on {args.dataset}, top {args.k} of {ref.name}")
         check_failures(counts, len(done), output, args.max_failure_rate)
         record.write(output, **counts, **used)
-    terminal.next_command(f"python train_stage2.py {ref.name} {args.dataset}")
+    terminal.next_command("train_stage2.py", args.model, ds, name=args.name)
 
 
 if __name__ == "__main__":

@@ -5,12 +5,12 @@ Run      python -m syntriever.status scifact
 
 import argparse
 import re
-import shlex
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from syntriever.data import dataset
+from syntriever.data import dataset, download
+from syntriever.encode import models
 from syntriever.files import paths
 from syntriever.run import cli, lineage, terminal
 
@@ -23,12 +23,17 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def chain(ds: str, base: str) -> Iterator[tuple[Path, str]]:
     """The outputs of the encoder `base` in the order of the stages, each with the command that makes it."""
-    sft, final = f"{base}-sft", f"{base}-final"
-    yield paths.model_output(f"{sft}-{ds}"), f"train_stage1.py {base} {ds}"
-    yield paths.top(sft, ds), f"retrieval.py {sft} {ds}"
-    yield paths.preferences(sft, ds), f"stage2/parse_comparison.py {ds} --model {sft}"
-    yield paths.model_output(f"{final}-{ds}"), f"train_stage2.py {sft} {ds}"
-    yield paths.result(final, ds, "test", ".json"), f"evaluate.py bm25 {base} {sft} {final} {ds}"
+    sft, final, command = f"{base}-sft", f"{base}-final", terminal.command
+    checkpoint, typed = paths.model_output(f"{sft}-{ds}"), download.as_typed(ds)
+    model = lineage.started_from(checkpoint) or base
+    yield checkpoint, command("train_stage1.py", model, typed, name=None if model == base else base)
+    yield paths.top(sft, ds), command("retrieval.py", sft, typed)
+    yield paths.preferences(sft, ds), command("stage2/parse_comparison.py", typed, model=sft)
+    yield paths.model_output(f"{final}-{ds}"), command("train_stage2.py", sft, typed)
+    yield (
+        paths.result(final, ds, "test", ".json"),
+        command("evaluate.py", "bm25", *models.comparable([model], ds), sft, final, typed),
+    )
 
 
 def bases(ds: str) -> list[str]:
@@ -47,7 +52,7 @@ def state_of(output: Path, stale: dict[str, str]) -> tuple[str, str, str]:
     record = lineage.load_record(output)
     if record is None:
         return "fresh", "your own file: not made by a stage", ""
-    command = shlex.join(record["command"])
+    command = terminal.command(*record["command"])
     problems = lineage.problems_of(output, record)
     if problems:
         return "stale", problems[0].removeprefix(f"{paths.shown(output)} is stale: "), command
@@ -61,7 +66,8 @@ def state_of(output: Path, stale: dict[str, str]) -> tuple[str, str, str]:
 
 def main(args: argparse.Namespace) -> None:
     ds = args.dataset
-    first = "datasets/build_pydocs.py" if ds == "pydocs" else f"datasets/parse_synthetic.py {ds}"
+    synthesis = terminal.command("datasets/parse_synthetic.py", download.as_typed(ds))
+    first = terminal.command("datasets/build_pydocs.py") if ds == "pydocs" else synthesis
     stale: dict[str, str] = {}
 
     def show(steps: Iterable[tuple[Path, str]]) -> str:
@@ -75,14 +81,14 @@ def main(args: argparse.Namespace) -> None:
             terminal.say(f"{state:8} {paths.shown(output)}{'/' if output.is_dir() else ''}{f'   ({why})' if why else ''}")
         return todo
 
-    before = show([(paths.dataset(ds), first), (paths.synthetic(ds), f"datasets/parse_synthetic.py {ds}")])
+    before = show([(paths.dataset(ds), first), (paths.synthetic(ds), synthesis)])
     for base in bases(ds):
         steps = list(chain(ds, base))
         if steps[3][0].exists() and not steps[0][0].exists():
             steps = steps[3:]  # `--name` of stage 2: from the stage 1 of another name
         after = show(steps)
         todo = before or after
-        terminal.say(f"next:    python {todo}\n" if todo else f"{base} is complete\n")
+        terminal.say(f"next:    {todo}\n" if todo else f"{base} is complete\n")
 
 
 def dataset_state(ds: str) -> tuple[str, str, str]:

@@ -56,6 +56,11 @@ def parts(ds: str) -> list[str]:
     return FORUMS if ds == "cqadupstack" else [ds]
 
 
+def as_typed(ds: str) -> str:
+    """A dataset as a command has to name it, also before it is here."""
+    return f"hf:{NAMED[ds]}" if ds in NAMED else ds
+
+
 class Unreachable(Failed):
     """The host does not answer."""
 

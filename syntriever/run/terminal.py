@@ -28,8 +28,8 @@ def command(script: str, *words: object, **options: object) -> str:
     return shlex.join(map(str, ["python", path, *words, *given]))
 
 
-def next_command(*words: str) -> None:
-    say("next:  " + " ".join(words))
+def next_command(script: str, *words: object, **options: object) -> None:
+    say("next:  " + command(script, *words, **options))
 
 
 class _Lines:

@@ -21,13 +21,13 @@ from syntriever.run import processes, terminal
 
 @dataclass
 class Bank:
-    """What each of Q training queries looks at."""
+    """What each of Q training queries looks at. Passages with the same text go by the position of the first."""
 
     embeddings: Embeddings
     relevant: Sequence[set[int]]  # positions of the known relevant passages of each
     views: np.ndarray  # (Q, D) float32 unit vectors: the mean direction of the query and the texts written for it
     told: np.ndarray  # (Q,) bool, whether there are such texts
-    top: np.ndarray  # (Q, K) int64 positions of the passages nearest to the view
+    top: np.ndarray  # (Q, K) int64 positions of the passages nearest to the view; a repeated text repeats its position
 
     def batch(self, numbers: np.ndarray, gold: np.ndarray) -> tuple[np.ndarray, ...]:
         """For B queries with gold passages at the positions `gold`: (M, D) embeddings of all passages that
@@ -66,7 +66,7 @@ def build(
             np.save(folder / "views.npy", views, allow_pickle=False)
         processes.wait()
         views = np.load(folder / "views.npy", mmap_mode="r", allow_pickle=False)
-        top = search.exact(embeddings, np.asarray(views), min(k, len(corpus)), str(model.device))[1]
+        top = corpus.twins(search.exact(embeddings, np.asarray(views), min(k, len(corpus)), str(model.device))[1])
         if processes.rank() == 0:
             np.save(folder / "top.npy", top, allow_pickle=False)
             if len(sample):
@@ -81,7 +81,7 @@ def build(
 def ndcg(top: np.ndarray, relevant: Sequence[set[int]]) -> float:
     """nDCG@10 of (Q, K) positions, best first."""
     qrels = {str(query): {str(position): 1 for position in some} for query, some in enumerate(relevant)}
-    run = {str(query): {str(p): -float(rank) for rank, p in enumerate(row[:10])} for query, row in enumerate(top)}
+    run = {str(q): {str(p): -float(rank) for rank, p in enumerate(dict.fromkeys(row))} for q, row in enumerate(top.tolist())}
     return metrics.mean(metrics.evaluate(qrels, run, (10,))["nDCG@10"])
 
 

@@ -28,16 +28,17 @@ from syntriever.run import processes, terminal
 
 class DevScore:
     """nDCG@10 on the dev split, over its judged passages and a random sample of the rest, read at
-    the length used in training."""
+    the length used in training. Equal texts are one."""
 
     def __init__(self, ds: str, corpus: Corpus, pool: int, max_queries: int, seed: int, max_length: int | None = None) -> None:
         self.max_length = max_length
-        queries, qrels = dataset.load_split(ds, "dev")
+        queries, by_id = dataset.load_split(ds, "dev")
+        qrels = dataset.by_text(queries, by_id, corpus)
         rng = random.Random(seed)
         chosen = rng.sample(sorted(queries), min(max_queries, len(queries)))
         self.queries, self.qrels = {q: queries[q] for q in chosen}, {q: qrels[q] for q in chosen}
         judged = {p for judgements in self.qrels.values() for p in map(corpus.position, judgements) if p is not None}
-        positions = sorted(judged | set(rng.sample(range(len(corpus)), min(pool, len(corpus)))))
+        positions = sorted(judged | set(map(corpus.twin, rng.sample(range(len(corpus)), min(pool, len(corpus))))))
         self.ids, self.texts = [corpus.id(p) for p in positions], [corpus.text(p) for p in positions]
 
     def __call__(self, model: Any) -> float:
