@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from syntriever.data import dataset, download
-from syntriever.data.corpus import Corpus
+from syntriever.data.corpus import UNFIT, Corpus
 from syntriever.data.dataset import Hits
 from syntriever.encode import bm25, models
 from syntriever.errors import BadInput
@@ -39,7 +39,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help=f"models (X-sft, X-final, {', '.join(models.ALIASES)}, bm25, Hub id, folder) and datasets",
     )
     parser.add_argument("--split", default="test", help="which judgements (default: %(default)s)")
-    parser.add_argument("--ks", default="1,3,5,10,100", help="cut-offs of the measures (default: %(default)s)")
+    parser.add_argument("--ks", help=f"cut-offs of the measures (default: {','.join(map(str, metrics.KS))})")
     parser.add_argument("--trained-on", metavar="DATASET", help="evaluate X-sft and X-final trained on this dataset (zero-shot)")
     parser.add_argument("--push-to-hub", metavar="OWNER/NAME", help="upload the one checkpoint, with its scores, to the Hub")
     options.add_encoding_options(parser)
@@ -72,10 +72,14 @@ class Inputs:
     queries: dict[str, str]
     qrels: dataset.Qrels
 
+    def unfit(self) -> str | None:
+        """An id that no TREC file can hold."""
+        return self.corpus.unfit or next(filter(UNFIT.search, self.queries), None)
+
 
 def main(args: argparse.Namespace) -> None:
     cli.check_positive(args, "max_length", "batch_tokens")
-    ks = parse_ks(args.ks)
+    wanted = parse_ks(args.ks) if args.ks is not None else metrics.KS
     datasets = [part for name in args.datasets for part in download.parts(name)]
     refs: dict[tuple[str, str], models.ModelRef] = {}
     forced: dict[tuple[str, str], list[str]] = {}
@@ -99,9 +103,10 @@ def main(args: argparse.Namespace) -> None:
     inputs = []
     for ds in datasets:
         corpus = Corpus(ds)
-        if max(ks) > len(corpus):
-            raise BadInput(f"--ks {args.ks}: {paths.shown(corpus.path)} has only {len(corpus)} passages")
         inputs.append(Inputs(ds, corpus, *dataset.load_split(ds, args.split, corpus, args.strict)))
+    smallest = min((data.corpus for data in inputs), key=len)
+    most = cli.at_most("--ks", max(wanted) if args.ks else None, max(wanted), len(smallest), paths.shown(smallest.path))
+    ks = tuple(sorted({min(k, most) for k in wanted}))
     if checkpoint and processes.rank() == 0:
         hub.create(args.push_to_hub)
     device = processes.start(args.device)
@@ -109,6 +114,10 @@ def main(args: argparse.Namespace) -> None:
     sections = []
     for data in inputs:
         terminal.say(f"read   {len(data.corpus):,} passages, {len(data.queries):,} {args.split} queries of {data.name}")
+        if data.corpus.repeats:
+            terminal.say(f"note:  {data.corpus.repeats:,} passages repeat the text of another; measures count ids, as published")
+        if unfit := data.unfit():
+            terminal.say(f"note:  ids hold white space: {unfit!r} is {metrics.trec_id(unfit)} in the .trec files (% encodes)")
         table[data.name] = {}
         tops: dict[str, dict[str, Hits]] = {}
         tests: list[tuple[str, str, dict[str, float]]] = []
@@ -186,6 +195,9 @@ def measure(
     shown = ref.name if ref else model
     if args.trained_on and models.is_own(model):
         shown = f"{model}-{args.trained_on}"
+    silent = sum(not hits.get(query) for query in qrels)
+    if silent:
+        terminal.say(f"note:  {silent:,} of {len(qrels):,} queries have no result by {shown} and count 0")
     name = main_of(ks)
     tests = {other: metrics.paired_test(measures[name], values[name]) for other, values in before.items()}
     result: dict[str, Any] = {
@@ -195,7 +207,7 @@ def measure(
         "dataset": ds,
         "split": args.split,
         "queries": len(qrels),
-        "queries_without_results": sum(not hits.get(query) for query in qrels),
+        "queries_without_results": silent,
         "passages": len(data.corpus),
         "own_passage_left_out": ds in dataset.SELF_RETRIEVAL,
         "measures": means,
@@ -203,11 +215,12 @@ def measure(
         "per_query": {query: {name: measures[name][query] for name in measures} for query in qrels},
     }
     target = {suffix: paths.result(shown, ds, args.split, suffix) for suffix in (".json", ".trec", ".png")}
+    spelt = metrics.trec_id if data.unfit() else str
     with jsonl.atomic(target[".trec"]) as file:
         for query, found in hits.items():
             for rank, (passage, score) in enumerate(found, 1):
                 # Nine digits keep a 32-bit float, so that trec_eval sees the ties and the order that were measured.
-                file.write(f"{query} Q0 {passage} {rank} {score:.9g} {shown}\n".encode())
+                file.write(f"{spelt(query)} Q0 {spelt(passage)} {rank} {score:.9g} {shown}\n".encode())
     jsonl.write_json(target[".json"], result)
     title = f"{ds}, {args.split} split, {len(qrels)} queries"
     pictures.compare({**before, model: measures}, ks, name, target[".png"], title)

@@ -232,7 +232,7 @@ BAD = [
     (["evaluate.py", "minilm-final", "tiny"], "python train_stage2.py minilm-sft tiny"),
     (["evaluate.py", "minilm"], "at least one model and one dataset"),
     (["evaluate.py", "minilm", "tiny", "--split", "nosuch"], "this dataset has: dev, test, train"),
-    (["evaluate.py", "minilm", "tiny"], "has only 60 passages"),
+    (["evaluate.py", "minilm", "tiny", "--ks", "1,61"], "has 60 passages"),
     (["evaluate.py", "minilm", "tiny", "--ks", "ten"], "--ks ten"),
     (["datasets/parse_synthetic.py", "tiny", "--llm", "gpt-4o"], "OPENAI_API_KEY is not set"),
     (["datasets/parse_synthetic.py", "tiny", "--limit", "0"], "--limit"),
