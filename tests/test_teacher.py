@@ -386,9 +386,9 @@ def test_estimate_is_what_would_be_asked(lab, run, monkeypatch):
     with LLMServer() as server:
         whole = estimated(run(server, SYNTHESIS, "--dry-run"))
         for step in ("cot", "positive", "negative", "verify"):
-            given = {"positive": "word " * 400, "most": 16} if step == "verify" else {"positive": "", "most": 400}
+            given = {"positive": "word " * 400, "most": 32} if step == "verify" else {"positive": "", "most": 400}
             assert whole.pop(step) == [12, sum(words(step, query, given["positive"]) for query in queries), 12 * given["most"]]
-        assert [whole["total"][0], whole["total"][2]] == [48, 12 * 1216]
+        assert [whole["total"][0], whole["total"][2]] == [48, 12 * 1232]
         said = run(server, SYNTHESIS, "--dry-run", "--max-cost", 10)
         assert "replies as long as allowed; words; prices of 2026-01" in said
         assert "may go beyond --max-cost" in said
