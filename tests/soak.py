@@ -134,7 +134,7 @@ LLAMA = ["--limit", "20", "--max-failure-rate", "1"]  # the model is too small t
 LLAMA_STAGES: list[tuple[list[str], str, int]] = [  # command, its ledger, replies before the kill
     (["datasets/build_pydocs.py"], "", 0),
     (
-        ["datasets/parse_synthetic.py", "pydocs", "--max-tokens", "150", *LLAMA, "LLM"],
+        ["datasets/parse_synthetic.py", "pydocs", "--max-tokens", "60", *LLAMA, "LLM"],
         "datasets/pydocs_synthetic.ledger.jsonl",
         25,
     ),
