@@ -209,6 +209,13 @@ def test_key_that_is_none_is_named_and_not_shown(at, monkeypatch, name, key):
     assert not any(part in said for part in ("canary", "can", "ary"))
 
 
+def test_server_that_wants_a_key(at, monkeypatch):
+    monkeypatch.delenv("OPENAI_API_KEY")
+    answer = Answer(401, {"error": "You have none of our keys."})
+    with LLMServer(says=lambda body, attempt: answer) as server:
+        assert "wants the key of an account, in OPENAI_API_KEY: You have none of our keys." in at(server.url, code=2)
+
+
 FORMS = {
     "whole": KEY,
     "capitals": KEY.upper(),

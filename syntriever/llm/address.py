@@ -10,6 +10,7 @@ from urllib.request import proxy_bypass
 from syntriever.errors import BadInput
 
 OPENAI = "https://api.openai.com/v1"
+NO_KEY = "none"  # what a server gets that wants no key
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ def of(model: str, base_url: str | None) -> Address:
     url, query = _split(base_url or OPENAI, name)
     if key and "api-version" in query:  # Azure under its plain address
         options["default_headers"] = {"api-key": key}
-    return Address(options | {"api_key": key or "none", "base_url": url, "default_query": query}, given=bool(base_url))
+    return Address(options | {"api_key": key or NO_KEY, "base_url": url, "default_query": query}, given=bool(base_url))
 
 
 def _azure(endpoint: str, key: str | None, token: str | None) -> dict[str, Any]:

@@ -204,7 +204,7 @@ class BatchTeacher:
             refused = self._teacher.refusal(400, problems)
             said = (refused and refused.words) or "no reason given"
             again = Failed(f"{batch.id} was refused: {said}. Run again to submit anew (--max-requests: fewer at once)")
-            self._fatal = again if not refused or refused.kind != refusals.ACCOUNT else self._teacher.fatal(refused)
+            self._fatal = again if not refused or refused.reason != "no_credit" else self._teacher.fatal(refused)
 
     def _results(self, file_id: str, path: Path) -> Iterator[dict[str, Any]]:
         """Rows of one result file, by way of the disk: it may have hundreds of megabytes. An empty row
@@ -235,7 +235,7 @@ class BatchTeacher:
             self._fatal = fatal
         elif setting := refusal.setting(sent):
             self._teacher.do_without(frozenset({setting}))
-        elif refusal.kind in (refusals.CONTENT, refusals.REQUEST):
+        elif refusal.reason in (*refusals.OF_A_TEXT, "bad_request"):
             return Reply(reason=refusal.reason, finish_reason="error", message=refusal.words)
         return Reply()
 

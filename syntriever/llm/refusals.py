@@ -9,30 +9,24 @@ from typing import Any
 
 from syntriever.llm.replies import line
 
-# What follows from a refusal.
-ACCOUNT = "account"  # the account cannot pay, or is closed: ends the run
-KEY = "key"  # the key is wrong or may not do this: ends the run
-PROXY = "proxy"  # wants a password of its own: ends the run
-NOWHERE = "nowhere"  # no such model or path: ends the run
-CONTENT = "content"  # about the text of this request: the row fails
-REQUEST = "request"  # any other 4xx: the row fails; the first request, or many alike in a row, end the run
-WAIT = "wait"  # too many requests
-AGAIN = "again"  # passes, or may pass
+# About one text: these rows fail, and the run goes on. `bad_request` is any other refusal, after which it may go on, too.
+OF_A_TEXT = ("content_filter", "context_length")
 
-# How these are told, from codes and words in lower case.
+# How refusals are told, from codes and words in lower case.
 _MONEY = re.compile(
     r"insufficient[ _](?:\w+[ _])?(?:quota|balance|funds?|credits?)|exceeded_current_quota|payment[ _](?:is )?required|arrear|"
     r"(?:balance|credits?|funds)\b[^.]{0,40}\b(?:insufficient|too low|not enough|exhausted|depleted|negative|used up|ran out)|"
     r"(?:not enough|no|out of|low|used all|add|purchase|buy)\s+(?:\w+\s+){0,2}(?:credits?|funds|balance)\b|"
     r"billing[ _](?:hard[ _])?(?:limit|not[ _]active)|billing\b[^.]{0,30}(?:not active|inactive|disabled|overdue)|"
     r"account is not active|(?:spend|spending|credit)[ _](?:limit|cap)\b[^.]{0,30}(?:reached|exceeded|hit)|top[- ]?up|recharge|"
-    r"budget has been exceeded|exceeded your current quota(?!.*(?:retry|again))|余额|欠费"
+    r"budget has been exceeded|exceeded your current quota(?![\s\S]*(?:retry|again))|余额|欠费"
 )
 _CONTENT = re.compile(
     r"content[ _-]?(?:filter|policy|moderation|management|safety|exists[ _]risk)|moderation|\bflagged\b|invalid_prompt|"
     r"responsible ?ai|safety (?:system|filter|polic|reason)|(?:data|content)[ _]inspection|prohibited[ _]content|"
     r"inappropriate|harmful|\bunsafe\b|"
-    r"(?:prompt|input|content|message|request)\b[^.]{0,40}\b(?:was|been|is|were) blocked|violat\w+[^.]{0,40}polic|敏感|安全"
+    r"(?:prompt|input|content|message|request)\b[^.]{0,40}\b(?:was|been|is|were) blocked|"
+    r"violat\w+[^.]{0,40}(?:polic|guideline)|敏感|安全"
 )
 _FORBIDDEN_TEXT = re.compile(
     r"\b(?:prompt|content|input|topic)s?\b[^.]{0,60}\b(?:not (?:permit|allow)|reject|disallow|prohibit|denied)"
@@ -40,7 +34,7 @@ _FORBIDDEN_TEXT = re.compile(
 _TOO_LONG = re.compile(
     r"context[ _](?:length|window|size)|maximum context|too many (?:input )?tokens|reduce the length|string_above_max_length|"
     r"(?:prompt|input|request|messages?|text|sequence)\b[^.]{0,40}\b(?:too long|too large|exceeds?|longer than)|"
-    r"\btokens?\b[^.]{0,40}exceed"
+    r"\btokens?\b[^.]{0,40}exceed|`inputs` (?:tokens|must have)"
 )
 _CLOSED = re.compile(
     r"(?:account|organi[sz]ation|user)[ _][^.]{0,40}(?:deactivated|suspended|disabled|blocked|banned|closed|terminated|"
@@ -53,7 +47,7 @@ _NO_RIGHT = re.compile(
 # Status of an error that comes without one, from its codes or else its words.
 _STATUS = (
     (429, r"rate.?limit|too.?many.?req|resource.?exhausted|throttl"),
-    (401, r"invalid.?api.?key|incorrect.?api.?key|api.?key.?invalid|authentication|unauthorized|unauthenticated"),
+    (401, r"invalid.?api.?key|incorrect.?api.?key|api.?key.?invalid|authentication|unauthorized|unauthenticated|login fail"),
     (403, r"permission|forbidden|moderation"),
     (404, r"not.?found|unexpected endpoint|does not exist"),
     (503, r"overload|unavailable|server.?error|internal|time.?out|upstream|provider"),
@@ -76,7 +70,6 @@ _OF_ITS_SIZE = (
 class Refusal:
     """`reason` goes into the row that fails, `words` are the server's own, in one line and without a key."""
 
-    kind: str
     reason: str
     words: str = ""
     param: str = ""  # of the request, that the server names apart from its words
@@ -84,7 +77,7 @@ class Refusal:
     def setting(self, body: dict[str, Any], without: frozenset[str] = frozenset()) -> str | None:
         """The setting of `body` that is refused and can be done without, if others were refused before.
         `temperature 0` is that of verdicts alone."""
-        for name, spoken_of in _SETTINGS.items() if self.kind == REQUEST else ():
+        for name, spoken_of in _SETTINGS.items() if self.reason == "bad_request" else ():
             if name not in body or not re.search(spoken_of, self.param or self.words, re.I):
                 continue
             if name not in LIMITS:
@@ -104,30 +97,30 @@ def read(status: int, problem: Any, keys: Iterable[str] = ()) -> Refusal:
         numbers = [int(number) for number in re.findall(r"\b[45]\d\d\b", codes)]
         told = (number for text in (codes, message) for number, name in _STATUS if re.search(name, text, re.I))
         status = next(iter(numbers), 0) or next(told, 0)
-    kind, reason = REQUEST, "bad_request"
+    return Refusal(_reason(status, said), words, param)
+
+
+def _reason(status: int, said: str) -> str:
     if status == 402 or (status < 500 and _MONEY.search(said)):
-        kind, reason = ACCOUNT, "no_credit"
-    elif status == 429:
-        kind, reason = WAIT, "rate_limited"
-    elif status in (0, 408, 409, 425) or (status >= 500 and status != 501):
-        kind, reason = AGAIN, f"http_{status}" if status else "bad_body"
-    elif status == 413 or _TOO_LONG.search(said):
-        kind, reason = CONTENT, "context_length"
-    elif status not in (401, 404) and (_CONTENT.search(said) or (status == 403 and _FORBIDDEN_TEXT.search(said))):
-        kind, reason = CONTENT, "content_filter"
-    elif _CLOSED.search(said):
-        kind, reason = ACCOUNT, "no_credit"
-    elif status == 407:
-        kind = PROXY
-    elif status == 401 or (status == 403 and _NO_RIGHT.search(said)):
-        kind, reason = KEY, "no_access"
-    elif status in (404, 405, 410):
-        kind, reason = NOWHERE, "not_found"
-    return Refusal(kind, reason, words, param)
+        return "no_credit"
+    if status == 429:
+        return "rate_limited"
+    if status in (0, 408, 409, 425) or (status >= 500 and status != 501):
+        return f"http_{status}" if status else "bad_body"
+    if status == 413 or _TOO_LONG.search(said):
+        return "context_length"
+    if status not in (401, 404) and (_CONTENT.search(said) or (status == 403 and _FORBIDDEN_TEXT.search(said))):
+        return "content_filter"
+    if _CLOSED.search(said):
+        return "no_credit"
+    if status == 401 or (status == 403 and _NO_RIGHT.search(said)):
+        return "no_access"
+    return {404: "not_found", 405: "not_found", 410: "not_found", 407: "proxy"}.get(status, "bad_request")
 
 
 def inside(completion: Any, keys: Iterable[str] = ()) -> Refusal | None:
     """The error that a reply of status 200 holds in place of a text; None where it holds none."""
+    completion = completion[0] if isinstance(completion, list) and completion else completion
     if not isinstance(completion, dict):
         return None
     choices = completion.get("choices")

@@ -63,7 +63,7 @@ class OpenAITeacher:
         except (ImportError, ValueError, httpx2.InvalidURL) as error:
             raise address.wrong_proxy(error) from None
         self._turns, self._response = itertools.cycle(self._clients), httpx2.Response
-        self._keys = list(filter(None, map(self.options.get, ("api_key", "azure_ad_token"))))
+        self._keys = [key for key in map(self.options.get, ("api_key", "azure_ad_token")) if key and key != address.NO_KEY]
         self.model, self.concurrency, self._attempts = model, concurrency, attempts
         self._limit_name = "max_tokens" if self._address.given else "max_completion_tokens"
         self._without: frozenset[str] = frozenset()  # settings that the server has refused
@@ -166,25 +166,25 @@ class OpenAITeacher:
                 refusal = self._unreached(error)
             except (openai.APIError, ValueError, RecursionError):  # HTML, cut-off JSON, no choices
                 page = refusals.read(0, getattr(response, "text", ""), self._keys)
-                refusal = Refusal(refusals.AGAIN, "bad_body", page.words)
+                refusal = Refusal("bad_body", page.words)
             assert refusal
-            if refusal.kind == refusals.WAIT:
+            if refusal.reason == "rate_limited":
                 self._pause(_retry_after(response, wait))
                 if time.monotonic() - since < RATE_LIMIT_PATIENCE:
                     continue
-            if refusal.kind == refusals.NOWHERE and not self.proven and self.model not in refusal.words and self.add_version():
+            if refusal.reason == "not_found" and not self.proven and self.model not in refusal.words and self.add_version():
                 continue
             if fatal := self.fatal(refusal):
                 raise self._stop(fatal)
             if name := refusal.setting(body, without | self._without):
                 without |= {name}
                 continue
-            if refusal.kind in (refusals.CONTENT, refusals.REQUEST):
+            if refusal.reason in (*refusals.OF_A_TEXT, "bad_request"):
                 return Reply(reason=refusal.reason, finish_reason="error", attempts=attempt, message=refusal.words)
             if attempt >= self._attempts:
                 return Reply(reason=refusal.reason, attempts=attempt, message=refusal.words)
             attempt += 1
-            await asyncio.sleep(min(60.0, _retry_after(response, wait)) if refusal.kind == refusals.AGAIN else wait)
+            await asyncio.sleep(min(60.0, _retry_after(response, wait)) if refusal.reason != "rate_limited" else wait)
 
     def _pause(self, seconds: float) -> None:
         """Hold all workers for as long as the server asked."""
@@ -193,9 +193,6 @@ class OpenAITeacher:
         if seconds > 5 and time.monotonic() + seconds > self._paused_until + 1:
             terminal.say(f"note:  the server asks to wait {seconds:.0f} s")
         self._paused_until = max(self._paused_until, time.monotonic() + seconds)
-
-    def words(self, message: str) -> str:
-        return refusals.spoken(message, self._keys)
 
     def refusal(self, status: int, body: Any) -> Refusal | None:
         """What the server refuses; None where it answers."""
@@ -207,26 +204,27 @@ class OpenAITeacher:
         import openai
 
         cause = error.__cause__
-        words = self.words(f"{cause or error}" or type(cause).__name__)
+        words = refusals.spoken(str(cause or error) or type(cause).__name__, self._keys)
         proxy = address.proxy_of(self.base_url)
         if proxy and not self.proven and isinstance(cause, httpx2.ConnectError | httpx2.ConnectTimeout | httpx2.ProxyError):
             how = "correct it, unset it, or name the server in NO_PROXY"
             raise self._stop(BadInput(f"{proxy} does not answer, or lets nothing through ({words}): {how}"))
-        return Refusal(refusals.AGAIN, "timeout" if isinstance(error, openai.APITimeoutError) else "connection", words)
+        return Refusal("timeout" if isinstance(error, openai.APITimeoutError) else "connection", words)
 
     def fatal(self, refusal: Refusal) -> BadInput | Failed | None:
         """The error of a refusal after which no other request can succeed."""
         said = f": {refusal.words}" if refusal.words else ""
-        if refusal.kind == refusals.ACCOUNT:
+        if refusal.reason == "no_credit":
             return Failed(
                 f"{self.model}: the account's quota or credit is used up, or it is closed; add credit and run again{said}"
             )
-        if refusal.kind == refusals.PROXY:
+        if refusal.reason == "proxy":
             return BadInput(f"{address.proxy_of(self.base_url) or 'the proxy'} wants a name and a password{said}")
-        if refusal.kind == refusals.KEY:
-            key = f"refused the key in {self._address.key_name}, or what it may do" if self._keys else "wants the key"
+        if refusal.reason == "no_access":
+            name = self._address.key_name
+            key = f"refused the key in {name}, or what it may do" if self._keys else f"wants the key of an account, in {name}"
             return BadInput(f"--llm {self.model}: {self.where} {key}{said}")
-        if refusal.kind == refusals.NOWHERE:
+        if refusal.reason == "not_found":
             return BadInput(f"--llm {self.model}: {self.where} has no such model (or no such path){said}")
         return None
 
@@ -234,7 +232,7 @@ class OpenAITeacher:
         """The error of a refused request where others will fare no better: it was the first, or the last of many that
         were refused in the same words. What is about the text of one request does not count."""
         if reply.reason != "bad_request":
-            if reply.finish_reason and reply.reason not in ("content_filter", "context_length"):
+            if reply.finish_reason and reply.reason not in refusals.OF_A_TEXT:
                 self._alike = 0
             return None
         words = re.sub(r"\w*\d\w*", "", reply.message)
