@@ -119,6 +119,10 @@ def test_bad_address_is_named_and_says_how(at, monkeypatch, url, name):
     assert "http://" in said
 
 
+def test_key_in_place_of_an_address_is_not_shown(at):
+    assert "canary" not in at(KEY, code=2)
+
+
 def test_password_of_an_address_is_not_shown(at, dead_port):
     for url in (f"http://me:{KEY}@127.0.0.1:{dead_port}/v1?key={KEY}", f"me:{KEY}@host/v1?key={KEY}"):
         assert KEY not in at(url, code=1 if "://" in url else 2)

@@ -8,6 +8,7 @@ from urllib.parse import parse_qsl, urlsplit
 from urllib.request import proxy_bypass
 
 from syntriever.errors import BadInput
+from syntriever.llm.refusals import spoken
 
 OPENAI = "https://api.openai.com/v1"
 NO_KEY = "none"  # what a server gets that wants no key
@@ -58,14 +59,15 @@ def _split(text: str, name: str) -> tuple[str, dict[str, str]]:
     """Address without a pasted path of a request, and its query."""
     import httpx2
 
+    text = text.strip("'\"")
     try:
-        parts = urlsplit(text.strip("'\""))
+        parts = urlsplit(text)
         plain = parts.scheme in ("http", "https") and parts.hostname and (parts.port or 1) and not re.search(r"\s", text)
         httpx2.URL(text)
     except (ValueError, httpx2.InvalidURL):
         plain = False
     if not plain:
-        shown = text.rpartition("@")[2].partition("?")[0]
+        shown = spoken(text.rpartition("@")[2].partition("?")[0])
         how = "an address begins with http:// or https://" if "://" in text else f"write http://{shown} (or https://{shown})"
         raise BadInput(f"{name} {shown}: not the address of a server, such as http://localhost:8000/v1; {how}")
     path = re.sub(r"(?:(?:/chat)?/completions|(?<=/v1)/(?:chat|models|responses|embeddings))/*$", "", parts.path.rstrip("/"))
