@@ -249,8 +249,8 @@ def train(args: argparse.Namespace, ref: models.ModelRef, source: Path | None, o
     synthetic = jsonl.Table(source, "query_id", SYNTHETIC) if source else None
     record.reads(*dataset.files(args.dataset, "train", "dev"), *([source] if source else []), *ref.weights)
     complete = sum(query in synthetic for query, _ in rows) if synthetic else 0
-    told = f"{complete} of them with synthetic texts beside the gold passage"
-    terminal.say(f"read   {len(rows)} training rows of {args.dataset}, {told}")
+    beside = f"{complete} of them with synthetic texts beside the gold passage"
+    terminal.say(f"read   {len(rows)} training rows of {args.dataset}, {beside}")
     resume = checkpoint.find(output, record, args)
     device = processes.start(args.device)
     from syntriever.train import bank, batching, frozen, journal, loop

@@ -17,6 +17,7 @@ SELF_RETRIEVAL = {"arguana", "quora"}
 GRADES = range(-1, 101)
 
 Qrels = dict[str, dict[str, int]]
+Hits = list[tuple[str, float]]  # (passage id, score), best first
 
 
 def is_dataset(name: str) -> bool:
@@ -152,7 +153,4 @@ def _report_unknown(where: str, what: str, ids: list[str], strict: bool) -> None
         message = f"{where}: {len(unique)} judged {what} are not in the dataset, e.g. {', '.join(map(repr, unique[:3]))}"
         if strict:
             raise BadInput(message)
-        print(f"warning: {message}", flush=True)
-
-
-Hits = list[tuple[str, float]]  # (passage id, score), best first
+        terminal.say(f"warning: {message}")

@@ -30,7 +30,7 @@ class Encoder:
         self.dim = int(model.get_embedding_dimension())
         cuda = model.device.type == "cuda"
         self.budget = batch_tokens or (GPU_TOKENS if cuda else CPU_TOKENS)
-        self.workers, self._exported = 1, False
+        self.workers = 1
         self._bf16 = cuda and not self.late and torch.cuda.is_bf16_supported(including_emulation=False)
         self._forward: Callable[[dict[str, Any]], np.ndarray] = self._torch
         model.eval()
@@ -46,14 +46,14 @@ class Encoder:
 
         if self.model.device.type != "cpu":
             raise BadInput(f"--backend {self.backend} runs on the CPU: add --device cpu")
-        self._forward, self._exported = onnx_graph.session(self.model, quantize), True
+        self._forward = onnx_graph.session(self.model, quantize)
         # One thread for each forward pass: on a CPU two passes side by side beat one in two threads.
         self.workers = torch.get_num_threads()
 
     def expect(self, passages: int) -> None:
         """Choose what `auto` stands for, now that the work is known: onnx on a CPU where the encoder survives
         the export and there is enough to encode to pay for it, else torch. Never a failure."""
-        if self.backend != "auto" or self.late or self.model.device.type != "cpu" or self._exported:
+        if self.backend != "auto" or self.late or self.model.device.type != "cpu" or self._forward != self._torch:
             return
         why = f"fewer than {WORTH_AN_EXPORT:,} passages"
         if passages >= WORTH_AN_EXPORT:

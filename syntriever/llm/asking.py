@@ -1,11 +1,4 @@
-"""How the LLM stages ask: many requests at once, each through the ledger, each row written when it
-is complete.
-
-A stage writes one coroutine per row that awaits `Asker.ask` for each request it needs;
-`append_rows` runs many of them at once. A teacher only answers one request:
-
-    async def answer(self, request: Request) -> Reply
-"""
+"""How a request is asked: through the ledger, within the limits, once at a time. A teacher only answers it."""
 
 import asyncio
 import re

@@ -235,7 +235,7 @@ class BatchTeacher:
             self._fatal = fatal
         elif setting := refusal.setting(sent):
             self._teacher.do_without(frozenset({setting}))
-        elif refusal.reason in (*refusals.OF_A_TEXT, "bad_request"):
+        elif refusal.reason in refusals.OF_A_REQUEST:
             return Reply(reason=refusal.reason, finish_reason="error", message=refusal.words)
         return Reply()
 

@@ -11,6 +11,7 @@ from syntriever.llm.replies import line
 
 # About one text: these rows fail, and the run goes on. `bad_request` is any other refusal, after which it may go on, too.
 OF_A_TEXT = ("content_filter", "context_length")
+OF_A_REQUEST = (*OF_A_TEXT, "bad_request")
 
 # How refusals are told, from codes and words in lower case.
 _MONEY = re.compile(

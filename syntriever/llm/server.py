@@ -179,7 +179,7 @@ class OpenAITeacher:
             if name := refusal.setting(body, without | self._without):
                 without |= {name}
                 continue
-            if refusal.reason in (*refusals.OF_A_TEXT, "bad_request"):
+            if refusal.reason in refusals.OF_A_REQUEST:
                 return Reply(reason=refusal.reason, finish_reason="error", attempts=attempt, message=refusal.words)
             if attempt >= self._attempts:
                 return Reply(reason=refusal.reason, attempts=attempt, message=refusal.words)

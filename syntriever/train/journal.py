@@ -38,7 +38,8 @@ class DevScore:
         chosen = rng.sample(sorted(queries), min(max_queries, len(queries)))
         self.queries, self.qrels = {q: queries[q] for q in chosen}, {q: qrels[q] for q in chosen}
         judged = {p for judgements in self.qrels.values() for p in map(corpus.position, judgements) if p is not None}
-        positions = sorted(judged | set(map(corpus.twin, rng.sample(range(len(corpus)), min(pool, len(corpus))))))
+        drawn = corpus.twins(np.array(rng.sample(range(len(corpus)), min(pool, len(corpus)))))
+        positions = sorted(judged | set(drawn.tolist()))
         self.ids, self.texts = [corpus.id(p) for p in positions], [corpus.text(p) for p in positions]
 
     def __call__(self, model: Any) -> float:
