@@ -13,7 +13,7 @@ import sys
 import textwrap
 from collections.abc import Iterable
 
-from syntriever.data import dataset, download
+from syntriever.data import dataset, download, training
 from syntriever.data.corpus import Corpus
 from syntriever.encode import models
 from syntriever.errors import BadInput
@@ -25,6 +25,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = cli.parser(__doc__)
     parser.add_argument("model", help=f"X-sft, X-final, {', '.join(models.ALIASES)}, a Hub id or a folder")
     dataset.add_argument(parser)
+    training.add_option(parser)
     parser.add_argument("--top-k", type=int, help="passages per query (default: 100, with --query 5)")
     parser.add_argument("--query", metavar="TEXT", help="print the top passages of this query instead")
     parser.add_argument(
@@ -55,9 +56,10 @@ def main(args: argparse.Namespace) -> None:
     if args.query is not None:
         show(args, ref, corpus)
         return
-    queries, _ = dataset.load_split(args.dataset, "train", corpus, args.strict)
+    train = training.load(args.dataset, args.queries, corpus, args.strict)
+    queries = train.queries
     record = lineage.Record(args, forced)
-    record.reads(corpus.path, paths.queries(args.dataset), paths.qrels(args.dataset, "train"), *ref.weights)
+    record.reads(corpus.path, *train.files, *ref.weights)
     terminal.say(f"read   {len(corpus):,} passages and {len(queries):,} training queries of {args.dataset}")
 
     output = paths.top(ref.name, args.dataset, typed or default)

@@ -1,7 +1,7 @@
 """Stage 0: ask an LLM for a chain of thought, a relevant and an irrelevant passage per training
 query, and let it verify its own relevant passage (paper, sections 3.1 and 3.2).
 
-Reads    datasets/<dataset>/{corpus,queries}.jsonl, qrels/train.tsv
+Reads    datasets/<dataset>/ (queries, judgements), datasets/<dataset>_generated.jsonl
 Writes   datasets/<dataset>_synthetic.jsonl          complete rows, appended as they finish
          datasets/<dataset>_synthetic.failed.jsonl   rows that have no usable reply, with the reason
          datasets/<dataset>_synthetic.ledger.jsonl   every reply received: nothing is paid twice
@@ -18,7 +18,7 @@ from typing import Any
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
-from syntriever.data import dataset, download
+from syntriever.data import dataset, download, training
 from syntriever.errors import BadInput
 from syntriever.files import jsonl, paths
 from syntriever.llm import asking, teachers
@@ -63,6 +63,7 @@ GENERATED = ("cot", "positive", "negative")
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = cli.parser(__doc__)
     dataset.add_argument(parser)
+    training.add_option(parser)
     parser.add_argument("--limit", type=int, help="only the first N queries of a seeded shuffle (default: all)")
     parser.add_argument("--prompts", type=Path, help="JSON file {step: prompt} that replaces any of the prompts in this script")
     parser.add_argument("--max-tokens", type=int, default=GENERATION_MAX_TOKENS, help="tokens per reply (default: %(default)s)")
@@ -121,8 +122,9 @@ def main(args: argparse.Namespace) -> None:
     if args.limit is not None and args.limit < 1:
         raise BadInput("--limit must be at least 1")
     prompts = load_prompts(args.prompts)
-    queries, qrels = dataset.load_split(args.dataset, "train", strict=args.strict)
-    wanted = [query_id for query_id, judged in qrels.items() if max(judged.values()) >= 1]
+    train = training.load(args.dataset, args.queries, strict=args.strict)
+    queries = train.queries
+    wanted = [query for query in queries if query not in train.gold or max(train.gold[query].values()) >= 1]
     random.Random(args.seed).shuffle(wanted)
     wanted = wanted[: args.limit]
     args.llm = teachers.default_llm(args.dataset, args.llm, args.base_url)
@@ -137,15 +139,14 @@ def main(args: argparse.Namespace) -> None:
 
     with processes.lock(output, args.dry_run), processes.lock(ledger, args.dry_run):
         record = lineage.Record(args)
-        record.reads(paths.queries(args.dataset), paths.qrels(args.dataset, "train"))
+        record.reads(*train.files)
         done = jsonl.Seen()
         if record.resumes(output, settings, args.force, args.dry_run):
             rows = jsonl.read(output, {"query_id": str, "verified": bool}, torn=args.dry_run)
             done = jsonl.Seen(row["query_id"] for row in rows)
         pending = [query_id for query_id in wanted if query_id not in done]
-        terminal.say(
-            f"read   {len(wanted)} training queries of {args.dataset}: {len(wanted) - len(pending)} done, {len(pending)} to ask"
-        )
+        done_of = len(wanted) - len(pending)
+        terminal.say(f"read   {len(wanted)} training queries of {args.dataset}: {done_of} done, {len(pending)} to ask")
         counts, used = append_rows(output, ledger, pending, len(pending), work, teacher, args, unit="query")
         if args.dry_run:
             return
@@ -153,9 +154,7 @@ def main(args: argparse.Namespace) -> None:
         total, where = len(done) + counts["written"], paths.shown(output)
         terminal.say(f"wrote  {where}: {counts['written']} new rows of {total}; {rejected} positives rejected by the LLM itself")
         if counts["not_recorded"]:
-            terminal.say(
-                f"       {counts['not_recorded']} queries have no recorded answer: their gold passage alone trains stage 1"
-            )
+            terminal.say(f"       {counts['not_recorded']} queries have no recorded answer; stage 1 trains on them without texts")
         check_failures(counts, len(done), output, args.max_failure_rate)
         record.write(output, **counts, **used)
     terminal.next_command("train_stage1.py", "minilm" if args.dataset == "pydocs" else "e5", download.as_typed(args.dataset))

@@ -20,7 +20,7 @@ from pathlib import Path
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
-from syntriever.data import dataset, download
+from syntriever.data import dataset, download, training
 from syntriever.data.corpus import Corpus
 from syntriever.encode import models
 from syntriever.errors import BadInput
@@ -64,6 +64,7 @@ class Pair:
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = cli.parser(__doc__)
     dataset.add_argument(parser)
+    training.add_option(parser)
     parser.add_argument("--model", default="e5-sft", help="whose top passages are compared (default: %(default)s)")
     parser.add_argument("--name", help="short name for file names, where the model is a folder or a Hub id")
     parser.add_argument("--top-k", type=int, help="which retrieval file: the K it was made with (default: 100)")
@@ -92,11 +93,9 @@ def choose_pairs(query_id: str, passages: list[str], pairs: int, seed: int) -> l
 
 
 def request_for(pair: Pair, query: str, first: str, second: str, max_tokens: int = MAX_TOKENS) -> Request:
-    """Request that shows both texts between fences. The fence is a hash of the texts: the same on a
-    rerun, and nothing that a passage could contain."""
+    """Request that shows both texts between fences."""
     first, second = (" ".join(text.split())[:MAX_PASSAGE_CHARACTERS] for text in (first, second))
-    fence = "passage-" + hashlib.sha256(f"{query}\0{first}\0{second}".encode()).hexdigest()[:12]
-    prompt = asking.fill(PROMPT, query=query, fence=fence, first=first, second=second)
+    prompt = asking.fill(PROMPT, query=query, fence=asking.fence(query, first, second), first=first, second=second)
     return Request("compare", (query, pair.first, pair.second), prompt, TEMPERATURE, max_tokens, VERDICTS)
 
 
@@ -167,7 +166,8 @@ def main(args: argparse.Namespace) -> None:
     forced = lineage.check_fresh([source], args.force)
     # Read before anything is paid, for the report at the end.
     corpus = Corpus(args.dataset)
-    gold = dataset.by_text(*dataset.load_split(args.dataset, "train"), corpus)
+    train = training.load(args.dataset, args.queries, say=False)
+    gold = dataset.by_text({query: train.queries[query] for query in train.gold}, train.gold, corpus)
     args.llm = teachers.default_llm(args.dataset, args.llm, args.base_url)
     teacher = teachers.make_teacher(args.llm, args.dataset, output, args)
     ledger = args.ledger or paths.comparison_ledger(args.dataset)

@@ -194,8 +194,10 @@ def test_a_file_that_cannot_be_read_is_named_by_every_script(stage1, home, run_s
         path.rename(home / "elsewhere")
         if fault == "folder":  # the other way round
             path.write_text("a file")
-        elif fault != "missing":
-            pytest.skip("the same as missing")
+        else:
+            pytest.skip("no judgements at all: the queries are a log")
+    elif (name, fault) == ("qrels/train.tsv", "missing"):
+        pytest.skip("the same")
     elif fault == "no permission":
         no_permission(path)
     else:

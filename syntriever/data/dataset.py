@@ -32,9 +32,10 @@ def add_argument(parser: argparse.ArgumentParser) -> None:
 
 
 def files(ds: str, *splits: str) -> list[Path]:
-    """What a stage reads of a dataset: corpus, queries, and the judgements of the splits that are there.
+    """What a stage reads of a dataset: corpus, and what is there of queries and judgements of the splits.
     Raises `BadInput` where one cannot be read."""
-    found = [paths.corpus(ds), paths.queries(ds), *(path for split in splits if (path := paths.qrels(ds, split)).exists())]
+    also = [paths.queries(ds), *(paths.qrels(ds, split) for split in splits)]
+    found = [paths.corpus(ds), *(path for path in also if path.exists())]
     for path in found:
         jsonl.opened(path).close()
     return found
@@ -45,10 +46,11 @@ def ensure(ds: str, fetch: bool = True) -> None:
     `fetch` is off: then only its name is checked."""
     folder = paths.dataset(ds)
     if folder.is_dir():
-        for needed in (paths.corpus(ds), paths.queries(ds)):
-            if not needed.exists():
-                raise BadInput(f"{paths.shown(needed)} is missing; a dataset folder holds corpus.jsonl, queries.jsonl, qrels/")
-            jsonl.opened(needed).close()
+        if not paths.corpus(ds).exists():
+            raise BadInput(
+                f"{paths.shown(paths.corpus(ds))} is missing; a dataset folder holds at least its passages, corpus.jsonl"
+            )
+        jsonl.opened(paths.corpus(ds)).close()
     elif ds == "pydocs":
         raise BadInput(f"datasets/pydocs is not built yet. Run: {terminal.command('datasets/build_pydocs.py')}")
     elif ds == "cqadupstack":

@@ -52,6 +52,11 @@ def synthetic(ds: str) -> Path:
     return home() / "datasets" / f"{check_name(ds)}_synthetic.jsonl"
 
 
+def generated(ds: str) -> Path:
+    """Queries that an LLM wrote from passages."""
+    return home() / "datasets" / f"{check_name(ds)}_generated.jsonl"
+
+
 def model_output(name: str) -> Path:
     return home() / "output" / check_name(name, "model")
 
@@ -67,6 +72,11 @@ def top(model: str, ds: str, k: int = 100) -> Path:
 
 def preferences(model: str, ds: str) -> Path:
     return home() / "stage2" / f"{check_name(model, 'model')}_{check_name(ds)}_preferences.jsonl"
+
+
+def judgements(model: str, ds: str) -> Path:
+    """Grades of an LLM for the top passages of a model."""
+    return home() / "stage2" / f"{check_name(model, 'model')}_{check_name(ds)}_judgements.jsonl"
 
 
 def result(model: str, ds: str, split: str, suffix: str) -> Path:

@@ -1,6 +1,7 @@
 """How a request is asked: through the ledger, within the limits, once at a time. A teacher only answers it."""
 
 import asyncio
+import hashlib
 import re
 from collections.abc import Iterable
 from dataclasses import replace
@@ -97,6 +98,11 @@ class Asker:
             second = await self.ask(replace(request, prompt=request.prompt + reminder))
             reply = replace(second, attempts=reply.attempts + second.attempts)
         return reply if reply.reason else replace(reply, text=verdicts.parse_verdict(reply.text, request.choices) or "")
+
+
+def fence(*texts: str) -> str:
+    """Delimiter around the texts of a request: a hash of them, so the same on a rerun, and nothing that a text could contain."""
+    return "passage-" + hashlib.sha256("\0".join(texts).encode()).hexdigest()[:12]
 
 
 def fill(prompt: str, **texts: str) -> str:
