@@ -148,7 +148,7 @@ def trust(start: np.ndarray, judged: Judged, known: Sequence[int | None]) -> flo
 
 
 # Name -> what the order of the judged passages costs: of (Q, K) scores, teacher's logits, grades and which are there.
-ORDERS: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]] = {
+ORDERS: dict[str, Callable[..., Tensor]] = {
     "listwise": lambda scores, teacher, grades, there: losses.listwise_cross_entropy(scores, teacher, there),
     "plackett-luce": lambda scores, teacher, grades, there: losses.plackett_luce_groups(scores, grades, there),
 }
