@@ -93,6 +93,11 @@ def synthesis_ledger(ds: str) -> Path:
     return home() / "datasets" / f"{check_name(ds)}_synthetic.ledger.jsonl"
 
 
+def generation_ledger(ds: str) -> Path:
+    """Every reply that the writing of queries received."""
+    return home() / "datasets" / f"{check_name(ds)}_generated.ledger.jsonl"
+
+
 def comparison_ledger(ds: str) -> Path:
     """Every reply that comparison received: one for all models, whose top passages overlap."""
     return home() / "stage2" / f"{check_name(ds)}_preferences.ledger.jsonl"

@@ -1,6 +1,6 @@
 """Every reply a teacher gave, on disk and addressed by content, so that none is paid for twice."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -12,7 +12,8 @@ from syntriever.run import lineage
 
 @dataclass(frozen=True)
 class Request:
-    """One prompt. `choices` names the only replies a verdict may have, lower case."""
+    """One prompt. `choices` names the only replies a verdict may have, lower case; `usable` tells, of a reply in any other
+    grammar, whether it has what was asked for."""
 
     step: str
     item: tuple[str, ...]  # what it is about: (query,) or (query, first passage id, second passage id)
@@ -20,6 +21,7 @@ class Request:
     temperature: float
     max_tokens: int
     choices: tuple[str, ...] = ()
+    usable: Callable[[str], object] | None = None
 
     def key(self, model: str) -> str:
         """Content address: what decides the reply. `max_tokens` is left out, since a reply that came

@@ -1,6 +1,7 @@
 """What a reply is worth: a chat completion as text, without the model's thoughts, and why it is not usable if it is not."""
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -89,9 +90,10 @@ def ended(word: str) -> str:
     return "length" if _CUT_OFF.search(plain) else f"finish_{own}" if own in _OURS else own
 
 
-def judged(reply: Reply, choices: tuple[str, ...] = ()) -> Reply:
+def judged(reply: Reply, choices: tuple[str, ...] = (), usable: Callable[[str], object] | None = None) -> Reply:
     """`reply` by the one rule for all teachers, live, in batches and from ledgers: its thoughts cut, and the reason why
-    it is no passage or, with `choices`, no verdict. A judge that talks until it is cut off is unparsable, too."""
+    it is no passage or, with `choices`, no verdict, or not `usable`. A judge that talks until it is cut off is
+    unparsable, too."""
     if reply.reason not in _OF_TEXT:
         return reply
     text, cut = without_thoughts(reply.text)
@@ -105,6 +107,8 @@ def judged(reply: Reply, choices: tuple[str, ...] = ()) -> Reply:
         reason, message = "unparsable", line(text)
     elif not choices and finish == "length":
         reason = finish
+    elif usable and not usable(text):
+        reason, message = "unparsable", line(text)
     if reason == "length":
         option = "--verdict-max-tokens" if choices else "--max-tokens"
         message = f"cut off at the token limit, which counts thoughts, too; a higher {option} asks again"

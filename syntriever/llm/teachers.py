@@ -1,5 +1,5 @@
 """Which teacher answers: recorded answers, a ledger, any OpenAI-compatible server, or a model in
-this process; and the options of both LLM stages."""
+this process; and the options of the LLM stages."""
 
 import argparse
 import os
@@ -56,8 +56,8 @@ def make_teacher(name: str, ds: str, output: Path, args: argparse.Namespace) -> 
     return teacher
 
 
-def add_options(parser: argparse.ArgumentParser, verdict_max_tokens: int) -> None:
-    """Options of both LLM stages."""
+def add_options(parser: argparse.ArgumentParser, verdict_max_tokens: int | None) -> None:
+    """Options of the LLM stages; None where a stage asks for no verdict."""
     group = parser.add_argument_group("teacher")
     group.add_argument(
         "--llm",
@@ -79,12 +79,13 @@ def add_options(parser: argparse.ArgumentParser, verdict_max_tokens: int) -> Non
     group.add_argument("--concurrency", type=int, default=64, help="requests in flight at once (default: %(default)s)")
     group.add_argument("--attempts", type=int, default=6, help="tries per request on 5xx and timeouts (default: %(default)s)")
     group.add_argument("--timeout", type=float, default=120, help="seconds to wait for one reply (default: %(default)s)")
-    group.add_argument(
-        "--verdict-max-tokens",
-        type=int,
-        default=verdict_max_tokens,
-        help="tokens per verdict; models that reason first need hundreds (default: %(default)s)",
-    )
+    if verdict_max_tokens:
+        group.add_argument(
+            "--verdict-max-tokens",
+            type=int,
+            default=verdict_max_tokens,
+            help="tokens per verdict; models that reason first need hundreds (default: %(default)s)",
+        )
     group.add_argument("--retry-failed", action="store_true", help="ask again what was refused, truncated or unparsable before")
     group.add_argument(
         "--max-failure-rate", type=float, default=0.1, help="exit 1 when a larger share of rows failed (default: %(default)s)"
@@ -97,7 +98,7 @@ def add_options(parser: argparse.ArgumentParser, verdict_max_tokens: int) -> Non
 
 def check_options(args: argparse.Namespace) -> None:
     for name in ("concurrency", "attempts", "timeout", "local_batch_size", "verdict_max_tokens", "max_cost", "max_requests"):
-        value = getattr(args, name)
+        value = getattr(args, name, None)
         if value is not None and not value > 0:
             raise BadInput(f"--{name.replace('_', '-')} must be positive")
     if not 0 <= args.max_failure_rate <= 1:
