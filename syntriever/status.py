@@ -65,13 +65,12 @@ def by_llm(ds: str, base: str) -> Steps:
     sft, typed, command = f"{base}-sft", download.as_typed(ds), terminal.command
     checkpoint, top = paths.model_output(f"{sft}-{ds}"), paths.top(base, ds)
     model = lineage.started_from(checkpoint) or lineage.started_from(top) or base
-    name, test = None if model == base else base, paths.qrels(ds, "test").is_file()
-    yield top, command("retrieval.py", model, typed, fuse=True, name=name)
-    yield paths.judgements(base, ds), command("stage2/parse_comparison.py", typed, model=model, graded=True, name=name)
+    name, split = None if model == base else base, training.test_split(ds)
+    yield top, command("retrieval.py", model, typed, "--fuse", name=name)
+    yield paths.judgements(base, ds), command("stage2/parse_comparison.py", typed, "--graded", model=model, name=name)
     yield checkpoint, command("train_stage1.py", model, typed, judgements="llm", name=name)
     names = "bm25", *models.comparable([model], ds), sft, typed
-    split = "test" if test else "judged"
-    yield paths.result(sft, ds, split, ".json"), command("evaluate.py", *names, split=None if test else split)
+    yield paths.result(sft, ds, split or "test", ".json"), command("evaluate.py", *names, split=split)
 
 
 def bases(ds: str, by_who: str) -> list[str]:

@@ -101,7 +101,7 @@ def test_candidates_are_the_fusion_of_all_sources(home, tiny_encoder, docstrings
     assert ("texts  " in out) == written
     record = json.loads(paths.run_json(paths.top("e5-small-tiny", "tiny", 8)).read_text())
     assert ("datasets/tiny_synthetic.jsonl" in record["inputs"]) == written
-    assert out.rstrip().endswith(f"parse_comparison.py tiny --model {tiny_encoder} --top-k 8 --graded")
+    assert out.rstrip().endswith(f"parse_comparison.py tiny --graded --model {tiny_encoder} --top-k 8")
 
 
 @pytest.fixture
@@ -134,7 +134,7 @@ def test_the_passage_a_query_was_written_from_is_always_a_candidate(documents, t
             last = made["g1"][-1]
             assert last == {"id": "p9", "score": 0.0, "ranks": {"encoder": None, "texts": None, "bm25": None}}
     assert "by the source passages of 3 queries" in out
-    assert out.rstrip().endswith(f"--model {tiny_encoder} --top-k 3 --queries generated --graded")
+    assert out.rstrip().endswith(f"fruit --graded --model {tiny_encoder} --top-k 3 --queries generated")
     code, _, err = run_script("retrieval.py", tiny_encoder, "fruit", "--device", "cpu", "--top-k", 1)
     assert code == 0, err
     plain = {row["query_id"]: row["passages"] for row in rows(paths.top("e5-small-tiny", "fruit", 1))}

@@ -16,7 +16,7 @@ NEXT = re.compile(r"^next: +(python .*)$", re.M)
 DOCUMENTS = {  # by what status says is missing: the command that makes it
     "datasets/notes_generated.jsonl": "datasets/generate_queries.py notes",
     "stage2/mine_notes_top100.jsonl": "retrieval.py {model} notes --fuse --name mine",
-    "stage2/mine_notes_judgements.jsonl": "stage2/parse_comparison.py notes --model {model} --graded --name mine",
+    "stage2/mine_notes_judgements.jsonl": "stage2/parse_comparison.py notes --graded --model {model} --name mine",
     "output/mine-sft-notes": "train_stage1.py {model} notes --judgements llm --name mine",
     "results/mine-sft_notes_judged.json": "evaluate.py bm25 {model} mine-sft notes --split judged",
 }
