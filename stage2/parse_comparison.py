@@ -1,4 +1,5 @@
-"""Ask an LLM which of two retrieved passages answers a training query better (paper, section 4.1).
+"""Ask an LLM which of two retrieved passages answers a training query better (paper, section 4.1), or with `--graded`
+how well each of several does.
 
 Reads    stage2/<model>_<dataset>_top100.jsonl, datasets/<dataset>/
 Writes   stage2/<model>_<dataset>_preferences.jsonl          one row per decided pair, appended
@@ -6,7 +7,9 @@ Writes   stage2/<model>_<dataset>_preferences.jsonl          one row per decided
          stage2/<model>_<dataset>_preferences.report.json, .png   what the verdicts are worth
          stage2/<model>_<dataset>_preferences.batches.json    with --batch: what is submitted and not collected
          stage2/<dataset>_preferences.ledger.jsonl            every reply received: nothing is paid twice
+         stage2/<model>_<dataset>_judgements.jsonl and so on  the same with --graded, one row per query
 Run      python stage2/parse_comparison.py scifact
+         python stage2/parse_comparison.py mydocs --model e5 --graded
 """
 
 import argparse
@@ -14,9 +17,10 @@ import hashlib
 import itertools
 import random
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
@@ -25,13 +29,13 @@ from syntriever.data.corpus import Corpus
 from syntriever.encode import models
 from syntriever.errors import BadInput
 from syntriever.files import jsonl, paths
-from syntriever.llm import asking, teachers
+from syntriever.llm import asking, grading, teachers
 from syntriever.llm.ledger import Request
 from syntriever.llm.rows import append_rows, check_failures
-from syntriever.report import judge
+from syntriever.report import grades, judge
 from syntriever.run import cli, lineage, processes, terminal
 
-# ------------------------------------------------------------------------- edit here: the prompt
+# -------------------------------- edit here: the prompt (those of --graded: syntriever/llm/grading.py)
 
 # The passages stand between delimiters drawn anew for each request, so that no passage can close
 # its own fence and speak to the judge.
@@ -68,11 +72,18 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--model", default="e5-sft", help="whose top passages are compared (default: %(default)s)")
     parser.add_argument("--name", help="short name for file names, where the model is a folder or a Hub id")
     parser.add_argument("--top-k", type=int, help="which retrieval file: the K it was made with (default: 100)")
-    parser.add_argument("--k", type=int, help="compare the top K passages of each query, equal texts once (default: 5)")
+    what = "judge the top K passages of each query, equal texts once (default: 5, with --graded 8)"
+    parser.add_argument("--k", type=int, help=what)
+    what = "one request shows all K passages of a query, and the reply grades each from 0 to 3"
+    parser.add_argument("--graded", action="store_true", help=what)
+    what = "with --graded: a request a passage, yes or no; the grade is 3 times the probability of yes (needs logprobs)"
+    parser.add_argument("--pointwise", action="store_true", help=what)
     parser.add_argument(
         "--pairs", type=int, default=10, help="pairs per query, at random when K gives more (default: %(default)s)"
     )
-    parser.add_argument("--both-orders", action="store_true", help="ask each pair in both orders and keep agreeing verdicts only")
+    parser.add_argument(
+        "--both-orders", action="store_true", help="ask in both orders: keep agreeing verdicts only, or average grades"
+    )
     parser.add_argument("--limit", type=int, help="only the first N queries of a seeded shuffle (default: all)")
     parser.add_argument(
         "--force", action="store_true", help="go on where an input is stale or the output was made with other settings"
@@ -137,32 +148,61 @@ def pairs_of(row: jsonl.Row, corpus: Corpus, args: argparse.Namespace) -> list[P
     return choose_pairs(row["query_id"], list(different), args.pairs, args.seed)
 
 
-def report_on(output: Path, gold: dataset.Qrels, corpus: Corpus, title: str) -> None:
-    """Write and print what the verdicts in `output` and in its failed file are worth. `gold` is by text."""
+def candidates_of(row: jsonl.Row, corpus: Corpus, k: int, source: str | None) -> list[str]:
+    """The passages of one query that are graded: its top ones with different texts, and the one that it was written from."""
+    found = list(itertools.islice(corpus.distinct(passage["id"] for passage in row["passages"]), k))
+    if source and (first := corpus.first_id(source)) not in found:
+        found[k - 1 :] = [first]
+    return found
+
+
+def graded_before(output: Path, ds: str, judge_is: dict[str, Any]) -> list[jsonl.Table]:
+    """What the same judge said of the candidates of other models."""
+    others = [path for path in sorted(output.parent.glob(f"*_{ds}_judgements.jsonl")) if path != output]
+    return [jsonl.Table(path, "query_id", {"grades": dict}) for path in others if _judge_of(path) == judge_is]
+
+
+def _judge_of(path: Path) -> dict[str, Any]:
+    made = (lineage.load_record(path) or {}).get("settings", {})
+    return {name: made.get(name) for name in ("llm", *grading.settings(False, False))}
+
+
+def report_on(output: Path, gold: dataset.Qrels, corpus: Corpus, title: str, args: argparse.Namespace) -> None:
+    """Write and print what the verdicts or grades in `output` and in its failed file are worth. `gold` is by text."""
     files = [path for path in (output, paths.failed(output)) if path.is_file()]
     rows = itertools.chain.from_iterable(map(jsonl.read, files))
-    pair = ("preferred_id", "rejected_id")
-    found = judge.report(({**row, **{name: corpus.first_id(row[name]) for name in pair if name in row}} for row in rows), gold)
+    by_text: Iterable[jsonl.Row]
+    if args.graded:
+        found = grades.report(rows, gold, args.pairs)
+    else:
+        pair = ("preferred_id", "rejected_id")
+        by_text = ({**row, **{name: corpus.first_id(row[name]) for name in pair if name in row}} for row in rows)
+        found = judge.report(by_text, gold)
+    made_of = grades if args.graded else judge
     jsonl.write_json(paths.report(output, ".json"), found)
-    judge.draw(found, paths.report(output, ".png"), title)
+    made_of.draw(found, paths.report(output, ".png"), title)
     terminal.say(f"judge  {paths.shown(paths.report(output, '.json'))} and .png")
-    for line in judge.lines(found):
+    for line in made_of.lines(found):
         terminal.say(f"       {line}")
 
 
 def main(args: argparse.Namespace) -> None:
     teachers.check_options(args)
-    for name, least in (("k", 2), ("pairs", 1), ("limit", 1)):
+    for name, least in (("k", 1 if args.graded else 2), ("pairs", 1), ("limit", 1)):
         if getattr(args, name) is not None and getattr(args, name) < least:
             raise BadInput(f"--{name} must be at least {least}")
+    if args.pointwise and (not args.graded or args.both_orders):
+        raise BadInput("--pointwise goes with --graded and shows one passage at a time: there is no order")
     ref, ds = models.resolve(args.model, args.dataset, args.name), download.as_typed(args.dataset)
     dataset.ensure(args.dataset)
-    source, output = paths.top(ref.name, args.dataset, args.top_k or 100), paths.preferences(ref.name, args.dataset)
+    source = paths.top(ref.name, args.dataset, args.top_k or 100)
+    output = (paths.judgements if args.graded else paths.preferences)(ref.name, args.dataset)
     if not source.is_file():
-        command = terminal.command("retrieval.py", args.model, ds, name=args.name, top_k=args.top_k)
+        fuse = ["--fuse"] if args.graded else []
+        command = terminal.command("retrieval.py", args.model, ds, *fuse, name=args.name, top_k=args.top_k, queries=args.queries)
         raise BadInput(f"{paths.shown(source)} is not there. Run: {command}")
-    top, chosen = load_top(source, args.k, args.limit, args.seed)
-    args.k = args.k or 5
+    top, chosen = load_top(source, None if args.graded else args.k, args.limit, args.seed)
+    args.k = args.k or (8 if args.graded else 5)
     forced = lineage.check_fresh([source], args.force)
     # Read before anything is paid, for the report at the end.
     corpus = Corpus(args.dataset)
@@ -171,47 +211,76 @@ def main(args: argparse.Namespace) -> None:
     args.llm = teachers.default_llm(args.dataset, args.llm, args.base_url)
     teacher = teachers.make_teacher(args.llm, args.dataset, output, args)
     ledger = args.ledger or paths.comparison_ledger(args.dataset)
+    settings = {name: getattr(args, name) for name in ("llm", "k", "both_orders", "seed")}
+    if args.graded:
+        settings |= grading.settings(args.both_orders, args.pointwise)
+        judge_is = {name: settings[name] for name in ("llm", *grading.settings(False, False))}
+        before = graded_before(output, args.dataset, judge_is)
+        counted, unit, keys = "queries", "query", ("query_id",)
+    else:
+        prompt = lineage.text_sha256([PROMPT, MAX_PASSAGE_CHARACTERS])[:12]
+        settings |= {"pairs": args.pairs, "prompt": prompt, "temperature": TEMPERATURE}
+        counted, unit, keys = "pairs", "pair", ("query_id", "shown")
 
-    async def work(asker: asking.Asker, item: tuple[Pair, str]) -> jsonl.Row:
-        pair, query = item
-        return {**await compare(asker, pair, query, corpus, args.both_orders, args.verdict_max_tokens), "llm": args.llm}
+    async def work(asker: asking.Asker, item: tuple[Any, str]) -> jsonl.Row:
+        what, query = item
+        if not args.graded:
+            return {**await compare(asker, what, query, corpus, args.both_orders, args.verdict_max_tokens), "llm": args.llm}
+        row = top.get(what) or {}
+        candidates = candidates_of(row, corpus, args.k, train.sources.get(what))
+        old = grading.carried(filter(None, (table.get(what) for table in before)), candidates)
+        texts = {passage: corpus.by_id(passage) for passage in candidates if passage not in old["grades"]}
+        how = (args.seed, args.verdict_max_tokens, args.both_orders, args.pointwise)
+        made = await grading.grade(asker, query, texts, *how) if texts else {"grades": {}, "shown": []}
+        return {"query_id": what, "query": query, **grading.joined(made, old, candidates), "llm": args.llm}
 
     with processes.lock(output, args.dry_run), processes.lock(ledger, args.dry_run):
         record = lineage.Record(args, forced)
         record.reads(source, corpus.path)
-        settings = {name: getattr(args, name) for name in ("llm", "k", "pairs", "both_orders", "seed")}
-        settings |= {"prompt": lineage.text_sha256([PROMPT, MAX_PASSAGE_CHARACTERS])[:12], "temperature": TEMPERATURE}
         done = jsonl.Seen()
         if record.resumes(output, settings, args.force, args.dry_run):
             made = jsonl.read(output, {"query_id": str, "shown": list}, torn=args.dry_run)
-            done = jsonl.Seen(str(Pair(row["query_id"], *row["shown"])) for row in made)
+            done = jsonl.Seen(key_of(*(row[name] for name in keys)) for row in made)
 
-        def wanted() -> Iterator[tuple[Pair, str]]:
+        def wanted() -> Iterator[tuple[Any, str]]:
             for row in filter(None, map(top.get, chosen)):
-                yield from ((pair, row["query"]) for pair in pairs_of(row, corpus, args))
+                if args.graded:
+                    yield row["query_id"], row["query"]
+                else:
+                    yield from ((pair, row["query"]) for pair in pairs_of(row, corpus, args))
 
         every = todo = 0
-        for pair, _ in wanted():
-            every, todo = every + 1, todo + (str(pair) not in done)
+        for what, _ in wanted():
+            every, todo = every + 1, todo + (key_of(what) not in done)
         if not every:
             raise BadInput(f"{paths.shown(source)}: no query has two passages with different texts to compare")
-        if short := min(args.pairs, args.k * (args.k - 1) // 2) * len(chosen) - every:
+        if not args.graded and (short := min(args.pairs, args.k * (args.k - 1) // 2) * len(chosen) - every):
             terminal.say(f"note:  {short:,} pairs fewer: of some queries fewer than {args.k} different texts were retrieved")
-        terminal.say(f"read   top {args.k} of {len(chosen):,} queries: {every:,} pairs, {every - todo:,} done, {todo:,} to ask")
-        pending = (item for item in wanted() if str(item[0]) not in done)
-        counts, used = append_rows(output, ledger, pending, todo, work, teacher, args, unit="pair")
+        terminal.say(
+            f"read   top {args.k} of {len(chosen):,} queries: {every:,} {counted}, {every - todo:,} done, {todo:,} to ask"
+        )
+        pending = (item for item in wanted() if key_of(item[0]) not in done)
+        counts, used = append_rows(output, ledger, pending, todo, work, teacher, args, unit=unit)
         if args.dry_run:
             return
-        terminal.say(f"wrote  {paths.shown(output)}: {counts['written']:,} new preferences of {len(done) + counts['written']:,}")
+        what = "graded queries" if args.graded else "preferences"
+        terminal.say(f"wrote  {paths.shown(output)}: {counts['written']:,} new {what} of {len(done) + counts['written']:,}")
         for reason, words in (("tie", "ties"), ("disagreement", "verdicts that depend on the order")):
             if counts[reason]:
                 terminal.say(f"       {counts[reason]:,} {words}, kept apart in {paths.shown(paths.failed(output))}")
         if counts["not_recorded"]:
-            terminal.say(f"       {counts['not_recorded']:,} pairs have no recorded verdict; they are left out")
-        report_on(output, gold, corpus, f"{args.llm} on {args.dataset}, top {args.k} of {ref.name}")
+            terminal.say(f"       {counts['not_recorded']:,} {counted} have no recorded verdict; they are left out")
+        report_on(output, gold, corpus, f"{args.llm} on {args.dataset}, top {args.k} of {ref.name}", args)
         check_failures(counts, len(done), output, args.max_failure_rate)
         record.write(output, **counts, **used)
-    terminal.next_command("train_stage2.py", args.model, ds, name=args.name)
+    script = "train_stage2.py" if models.is_own(args.model) or not args.graded else "train_stage1.py"
+    kept = {"judgements": "llm" if args.graded else None, "queries": args.queries}
+    terminal.next_command(script, args.model, ds, name=args.name, **kept)
+
+
+def key_of(what: Pair | str, shown: list[str] | None = None) -> str:
+    """What tells an item from others: a query, or a query and the pair that was shown."""
+    return str(Pair(str(what), *shown) if shown else what)
 
 
 if __name__ == "__main__":

@@ -22,6 +22,8 @@ class Request:
     max_tokens: int
     choices: tuple[str, ...] = ()
     usable: Callable[[str], object] | None = None
+    fields: tuple[str, ...] = ()  # of a reply as a JSON object, each a grade from 0 to 3
+    logprobs: bool = False  # the probabilities of the first word are wanted
 
     def key(self, model: str) -> str:
         """Content address: what decides the reply. `max_tokens` is left out, since a reply that came

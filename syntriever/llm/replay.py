@@ -9,10 +9,11 @@ from syntriever.llm.replies import Reply
 
 
 class ReplayTeacher:
-    """Recorded answers of `datasets/recorded/<dataset>/`, looked up by the query's text.
+    """Recorded answers that ship with a dataset, or lie in its folder (`recorded/`), looked up by the query's text.
 
-    `synthesis.jsonl` holds cot, positive, negative and verdict; `preferences.jsonl` a ranking with
-    ties, from which pairwise verdicts follow. What was not recorded has the reason `not_recorded`.
+    `synthesis.jsonl` holds cot, positive, negative and verdict; `preferences.jsonl` a ranking with ties, from which pairwise
+    verdicts and grades follow, and in `relevant` which of its passages are relevant (without it, those of the first group).
+    Either may be missing. What was not recorded has the reason `not_recorded`.
     """
 
     model, live, concurrency = "replay", False, 64
@@ -24,11 +25,22 @@ class ReplayTeacher:
                 f"--llm replay: no recorded answers ship for {ds}. Name a ledger (--ledger FILE), set OPENAI_API_KEY, "
                 "or try --llm smollm2"
             )
-        self._rows = {row["query"]: row for row in jsonl.read(folder / "synthesis.jsonl", {"query": str})}
-        self._ranks = {
-            row["query"]: {passage: rank for rank, tied in enumerate(row["ranking"]) for passage in tied}
-            for row in jsonl.read(folder / "preferences.jsonl", {"query": str, "ranking": list})
-        }
+        synthesis, ranked = (
+            list(jsonl.read(path, {"query": str})) if path.is_file() else [] for path in paths.recordings(folder)
+        )
+        self._rows = {row["query"]: row for row in synthesis}
+        self._ranks = {row["query"]: {p: rank for rank, tied in enumerate(row["ranking"]) for p in tied} for row in ranked}
+        self._relevant = {row["query"]: set(row.get("relevant", row["ranking"][0])) for row in ranked}
+
+    def grades(self, query: str, passages: list[str]) -> dict[str, float]:
+        """Grades of those passages that were ranked, in the order given: of the relevant ones `RELEVANT`, of the others 1 for the
+        best group, 0 for the last, 0.5 between."""
+        ranks, relevant = self._ranks.get(query, {}), self._relevant.get(query, set())
+        others = sorted({rank for passage, rank in ranks.items() if passage not in relevant})
+        by_rank = dict.fromkeys(others, 0.5)
+        if len(others) > 1:
+            by_rank |= {others[0]: 1.0, others[-1]: 0.0}
+        return {p: 2.0 if p in relevant else by_rank[ranks[p]] for p in passages if p in ranks}
 
     async def answer(self, request: Request) -> Reply:
         query = request.item[0]

@@ -1,5 +1,6 @@
 """What a reply is worth: a chat completion as text, without the model's thoughts, and why it is not usable if it is not."""
 
+import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -23,6 +24,7 @@ class Reply:
     attempts: int = 1
     message: str = ""
     thoughts: bool = False  # some were cut from the text
+    log_odds: float | None = None  # of yes against no as the first word, where the server says
 
     def failure(self) -> dict[str, Any]:
         """What the row of a failure says of it."""
@@ -141,7 +143,25 @@ def read(completion: Any, prompt: str) -> Reply:
         raise ValueError("not a chat completion") from error
     finish = str(finish.get("type") if isinstance(finish, dict) else finish)
     text, reason = text.strip(), "refusal" if refusal else ""
-    return Reply(text, reason, finish, asked, written, message=line(str(refusal)), thoughts=hidden and not text)
+    odds = log_odds(choice.get("logprobs"))
+    return Reply(text, reason, finish, asked, written, message=line(str(refusal)), thoughts=hidden and not text, log_odds=odds)
+
+
+def log_odds(logprobs: Any) -> float | None:
+    """Log-odds of yes against no at the first token that may be either, from the top log-probabilities of an OpenAI-compatible
+    server; what is not among these counts as the least of them. None where there is no such token."""
+    content = logprobs.get("content") if isinstance(logprobs, dict) else None
+    for token in content or ():
+        sums, least = {"yes": 0.0, "no": 0.0}, 1.0
+        for each in token.get("top_logprobs") or ():
+            word, probability = re.sub(r"\W+", "", str(each.get("token"))).lower(), math.exp(min(0.0, float(each["logprob"])))
+            least = min(least, probability)
+            if word in sums:
+                sums[word] += probability
+        if any(sums.values()):
+            yes, no = (max(value, least, 1e-12) for value in sums.values())
+            return math.log(yes / no)
+    return None
 
 
 def _text(part: dict[str, Any]) -> str:

@@ -20,6 +20,8 @@ from syntriever.llm.replies import Reply
 from syntriever.run import terminal
 
 # Seconds of being told to wait (429) after which a request, or the whole run, gives up.
+TOP_LOGPROBS = 10  # words whose probabilities are asked for, where they are
+
 RATE_LIMIT_PATIENCE = 900.0
 # Refusals in the same words, one after the other, after which no other request is tried.
 ALIKE = 20
@@ -124,13 +126,15 @@ class OpenAITeacher:
         body[refusals.LIMITS[limit] if limit in without else limit] = request.max_tokens
         if "temperature" not in without and (request.temperature or "temperature 0" not in without):
             body["temperature"] = request.temperature
-        if request.choices and "response_format" not in without:
-            verdict = {"verdict": {"type": "string", "enum": list(request.choices)}}
-            schema = {"type": "object", "properties": verdict, "required": ["verdict"], "additionalProperties": False}
-            body["response_format"] = {
-                "type": "json_schema",
-                "json_schema": {"name": "verdict", "strict": True, "schema": schema},
-            }
+        if request.logprobs:  # and no schema: its first token would be a brace
+            body |= {"logprobs": True, "top_logprobs": TOP_LOGPROBS}
+        elif (request.choices or request.fields) and "response_format" not in without:
+            grade = {"type": "integer", "enum": [0, 1, 2, 3]}
+            verdict: dict[str, Any] = {"verdict": {"type": "string", "enum": list(request.choices)}}
+            properties = dict.fromkeys(request.fields, grade) or verdict
+            schema = {"type": "object", "properties": properties, "required": list(properties), "additionalProperties": False}
+            named = {"name": "grades" if request.fields else "verdict", "strict": True, "schema": schema}
+            body["response_format"] = {"type": "json_schema", "json_schema": named}
         return body
 
     async def _send(self, body: dict[str, Any]) -> Any:
