@@ -41,7 +41,8 @@ GRADES = range(4)
 RELEVANT = 2  # grade from which a passage counts as judged relevant
 
 _LINE = re.compile(
-    r"\W*(?:passage|document|no\.?|number)?\W*(\d+)\W*(?::|=|->|→|-|–|—)\W*(?:grade\W*)?([0-3])(?![\d/.-]\d?)(.*)", re.I
+    r"\W*(?:passage|document|no\.?|number)?\W*(\d+)[\s*_)\]]*(?::|=|->|→|-|–|—)[\s*_]*(?:grade[\s:*_]*)?([0-3])(?![\d/.-]\d?)(.*)",
+    re.I,
 )
 _NAME = re.compile(r"(?:passage|document)?[ _]*(\d+)", re.I)
 
