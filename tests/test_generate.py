@@ -207,7 +207,10 @@ def test_what_is_dropped_is_counted_and_no_query_of_dev_or_test_is_written_again
     said += ["question: Why is there a tower?", "question: why is there a tower", "keywords: amber tower hours"]
     copied = ["claim: harbor of amber keeps its old lighthouse", "claim: Harbor of Amber keeps: its OLD light", "typed: x"]
     with LLMServer(about("amber", "\n".join(said + copied))) as server:
-        printed = run(server, GENERATION, "--concurrency", 1)
+        run(server, GENERATION)
+        paths.generated("tiny").unlink()
+        printed = run(server, GENERATION)  # from the ledger, also for the estimate: that counts nothing
+        assert len(server.requests) == 20
     kept = [(row["query_id"], row["query"]) for row in generated() if row["passage_id"] == "p00"]
     assert kept == [
         ("g-p00-5", "Why is there a tower?"),
@@ -220,6 +223,9 @@ def test_what_is_dropped_is_counted_and_no_query_of_dev_or_test_is_written_again
     assert "1 of the new queries were dropped: they equal another one of their passage" in printed
     assert "1 of the new queries were dropped: they copy 7 or more words in a row of their passage" in printed
     assert lineage.load_record(paths.generated("tiny"))["results"]["queries_dropped"]["equal a query of dev or test"] == 2
+    paths.qrels("tiny", "judged").write_text("q4\tp00\t1\n")  # made by an LLM later, of queries that are there
+    with LLMServer(four) as server:
+        run(server, GENERATION)
     write_jsonl(paths.queries("tiny"), [{"_id": "q1", "text": "amber tower hours"}, {"_id": "q2", "text": "b"}])
     with LLMServer(four) as server:
         assert "queries.jsonl was" in run(server, GENERATION, code=2)
@@ -351,24 +357,28 @@ def calm(ports, run):
         yield server, paths.generated("tiny").read_bytes()
 
 
+def leave(content):
+    """What a killed run leaves: this much of the output, and a record that is not complete."""
+    record = paths.run_json(paths.generated("tiny"))
+    record.write_text(record.read_text().replace('"complete": true', '"complete": false'))
+    paths.generated("tiny").write_bytes(content)
+
+
 def test_a_kill_at_any_byte_loses_and_repeats_nothing(calm, run):
     server, whole = calm
-    output, record = paths.generated("tiny"), paths.run_json(paths.generated("tiny"))
-    unfinished = record.read_text().replace('"complete": true', '"complete": false')
     ends = list(itertools.accumulate(map(len, whole.splitlines(True))))
     assert len(ends) == 24
     for cut in [0, *ends[:9], *ends[-5:], *(end - 1 for end in ends[::5]), *range(50, len(whole), 601)]:
-        output.write_bytes(whole[:cut])
-        record.write_text(unfinished)
-        run(server, GENERATION, "--passages", 6)
-        assert output.read_bytes() == whole, cut
+        leave(whole[:cut])
+        assert "they" not in run(server, GENERATION, "--passages", 6)
+        assert paths.generated("tiny").read_bytes() == whole, cut
     assert not server.requests
 
 
-def test_a_disk_that_fills_between_two_rows_of_a_passage(calm, run, monkeypatch):
+def test_a_disk_that_fills_between_two_rows_of_a_passage_and_again(calm, run, monkeypatch):
     server, whole = calm
-    output, add = paths.generated("tiny"), jsonl.Appender.add
-    for full in (1, 2, 4, 5, 11):
+    output, add, lines = paths.generated("tiny"), jsonl.Appender.add, whole.splitlines(True)
+    for before, full in itertools.product((0, 2), (1, 2, 4, 5, 11)):
         left = iter(range(full))
 
         def fill(self, row, left=left):
@@ -376,10 +386,10 @@ def test_a_disk_that_fills_between_two_rows_of_a_passage(calm, run, monkeypatch)
                 raise Failed(f"cannot write {paths.shown(output)}: No space left on device")
             add(self, row)
 
-        output.unlink()
+        leave(b"".join(lines[20 : 20 + before]))  # the last drawn came first, and not all of it
         with monkeypatch.context() as patch:
             patch.setattr(jsonl.Appender, "add", fill)
-            assert "cannot write datasets/tiny_generated.jsonl" in run(server, GENERATION, "--passages", 6, "--force", code=1)
+            assert "cannot write datasets/tiny_generated.jsonl" in run(server, GENERATION, "--passages", 6, code=1)
         assert len(generated()) == full
         run(server, GENERATION, "--passages", 6)
         assert output.read_bytes() == whole
