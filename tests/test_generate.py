@@ -2,20 +2,26 @@
 
 import itertools
 import json
+import os
+import random
 import re
+import signal
+import subprocess
+import sys
 import time
 from collections import Counter
 
 import pytest
-from conftest import load_script, write_jsonl
+from conftest import ROOT, load_script, write_jsonl
 from hypothesis import example, given
 from hypothesis import strategies as st
-from llm_lab import prompt_of, rows
+from llm_lab import LAUNCHER, prompt_of, rows, wait_for
 from llm_server import LLMServer
+from test_data import file_size_limit
 
 from syntriever.data import training
-from syntriever.errors import BadInput, Failed
-from syntriever.files import jsonl, paths
+from syntriever.errors import BadInput
+from syntriever.files import paths
 from syntriever.llm.verdicts import labelled_lines
 from syntriever.run import lineage
 
@@ -375,25 +381,52 @@ def test_a_kill_at_any_byte_loses_and_repeats_nothing(calm, run):
     assert not server.requests
 
 
-def test_a_disk_that_fills_between_two_rows_of_a_passage_and_again(calm, run, monkeypatch):
-    server, whole = calm
-    output, add, lines = paths.generated("tiny"), jsonl.Appender.add, whole.splitlines(True)
-    for before, full in itertools.product((0, 2), (1, 2, 4, 5, 11)):
-        left = iter(range(full))
+def test_a_disk_that_fills_keeps_whole_passages(ports, run):
+    """Also where a shorter row of another passage would still fit, and after a kill."""
+    output = paths.generated("tiny")
+    with LLMServer(lambda body: four(body) + f"\nclaim: {name_of(body)} {'x' * 400 * (ord(name_of(body)[-1]) % 2)}") as server:
+        run(server, GENERATION)
+        whole, lines = output.read_bytes(), output.read_bytes().splitlines(True)
+        server.requests.clear()
+        for limit in range(5000, len(whole), 800):
+            leave(b"".join(lines[95:97]))  # of the passage that was drawn last a part came first
+            with file_size_limit(limit):
+                assert "cannot write datasets/tiny_generated.jsonl" in run(server, GENERATION, code=1)
+            assert set(Counter(row["passage_id"] for row in generated()).values()) == {5}
+            run(server, GENERATION)
+            assert output.read_bytes() == whole
+        assert not server.requests
 
-        def fill(self, row, left=left):
-            if self.path == output and next(left, None) is None:
-                raise Failed(f"cannot write {paths.shown(output)}: No space left on device")
-            add(self, row)
 
-        leave(b"".join(lines[20 : 20 + before]))  # the last drawn came first, and not all of it
-        with monkeypatch.context() as patch:
-            patch.setattr(jsonl.Appender, "add", fill)
-            assert "cannot write datasets/tiny_generated.jsonl" in run(server, GENERATION, "--passages", 6, code=1)
-        assert len(generated()) == full
-        run(server, GENERATION, "--passages", 6)
-        assert output.read_bytes() == whole
-    assert not server.requests
+def test_killed_at_random_moments_it_ends_in_the_same_file(ports, run):
+    """Nothing that arrived is asked for again, and the queries of no passage are lost or there twice."""
+    more = [f"{first}{last}" for first, last in itertools.product(NAMES, NAMES[::2])]
+    write_jsonl(paths.corpus("tiny"), [{"_id": f"p{n:03}", "text": passage(name)} for n, name in enumerate(more)])
+    output, ledger, rng, concurrency = paths.generated("tiny"), paths.generation_ledger("tiny"), random.Random(5), 8
+    kills = 10
+    with LLMServer(four) as server:
+        run(server, GENERATION)
+        calm = output.read_bytes()
+        for path in output.parent.glob("tiny_*"):
+            path.unlink()
+        server.requests.clear()
+        server.latency = 0.02
+        command = [sys.executable, "-c", LAUNCHER, ROOT / GENERATION, "tiny", "--llm", "judge", "--base-url", server.url]
+        command, pipe = [*command, "--concurrency", str(concurrency)], subprocess.PIPE
+        with subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, text=True, bufsize=1) as launcher:
+            for _ in range(kills):
+                target = (ledger.stat().st_size if ledger.exists() else 0) + rng.randint(1, 6_000)
+                launcher.stdin.write("\n")
+                process = int(launcher.stdout.readline())
+                wait_for(lambda size=target: ledger.exists() and ledger.stat().st_size >= size)
+                os.killpg(process, signal.SIGKILL)
+                assert int(launcher.stdout.readline()) == -signal.SIGKILL
+            launcher.stdin.close()
+        assert output.read_bytes() != calm
+        run(server, GENERATION)
+    assert output.read_bytes() == calm
+    assert len({row["key"] for row in rows(ledger)}) == len(rows(ledger)) == len(more) == 200
+    assert len(server.requests) <= len(more) + kills * concurrency
 
 
 def test_rows_that_the_user_removed_stay_away(calm, run):
