@@ -13,14 +13,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from syntriever.data import dataset, download
+from syntriever.data import dataset, download, training
 from syntriever.data.corpus import Corpus
 from syntriever.encode import models
 from syntriever.errors import BadInput
 from syntriever.files import jsonl, paths
 from syntriever.run import cli, lineage, options, processes, terminal
 from syntriever.train import checkpoint
-from syntriever.train.candidates import ABSENT, ignored_candidates, known_in_batch, score_candidates, share_of_gold
+from syntriever.train.candidates import ignored_candidates, known_in_batch, score_candidates, share_of_gold
+from syntriever.train.losses import corpus_contrast, view_distillation
 from syntriever.train.study_losses import authors_of, cluster_loss
 
 if TYPE_CHECKING:
@@ -73,49 +74,10 @@ def info_nce_of(scores: Tensor, own: Tensor) -> Tensor:
     return (scores[:, 0].logsumexp(1) - own[:, 0]).mean()
 
 
-def corpus_contrast(query: Tensor, candidates: Tensor, gold: Tensor, relevant: Tensor, temperature: float = 0.05) -> Tensor:
-    """InfoNCE against the corpus instead of the batch (not in the paper): mean over rows of -log softmax of
-    s(query, gold) over the gold passage and all `candidates` that are not relevant, s = cos / temperature.
-
-    Args:
-        query: (B, D) embeddings.
-        candidates: (M, D) embeddings of passages by the encoder that training starts from.
-        gold: (B,) int, the gold passage of each row among them.
-        relevant: (B, M) bool, all known relevant ones.
-    Returns:
-        Scalar.
-    """
-    import torch
-
-    scores = models.similarity(query, candidates) / temperature
-    others = relevant.scatter(1, gold[:, None], False)
-    return torch.nn.functional.cross_entropy(scores.masked_fill(others, ABSENT), gold)
-
-
-def view_distillation(query: Tensor, candidates: Tensor, views: Tensor, told: Tensor, temperature: float = 0.05) -> Tensor:
-    """The query is to find what the LLM's texts find (not in the paper): mean over rows of the
-    cross-entropy of softmax s(query, .) to softmax s(view, .) over passages of the corpus, 0 where the
-    LLM wrote nothing, s = cos / temperature.
-
-    No text of the LLM is a candidate, so none is the easiest positive: it says which real passages are
-    near to an answer (HyDE, Gao et al. 2023, as a teacher).
-
-    Args:
-        query: (B, D) embeddings.
-        candidates: (M, D) embeddings of passages by the encoder that training starts from.
-        views: (B, D) mean directions of the query and the LLM's texts, by the same encoder.
-        told: (B,) bool, whether there are such texts.
-    Returns:
-        Scalar.
-    """
-    scores = models.similarity(query, candidates) / temperature
-    target = (models.similarity(views, candidates) / temperature).softmax(1)
-    return -(target * scores.log_softmax(1)).sum(1).masked_fill(~told, 0.0).mean()
-
-
 # Name -> function of what `score_candidates` returns, or None: `make_loss` has a branch for it.
 LOSSES = {"snn": snn_of, "infonce": info_nce_of, "authors": authors_of, "cluster": None, "distill": None}
 WITHOUT_TEXTS = {"infonce"}
+GRADED = ("listwise", "plackett-luce")  # on judgements of an LLM (syntriever/train/graded.py)
 
 # -----------------------------------------------------------------------------------------------
 
@@ -136,19 +98,16 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = cli.parser(__doc__)
     parser.add_argument("model", help=f"{', '.join(models.ALIASES)}, a Hub id or a folder")
     dataset.add_argument(parser)
+    training.add_option(parser)
     parser.add_argument(
         "--loss",
-        choices=tuple(LOSSES),
+        choices=(*LOSSES, *GRADED),
         help="snn: the paper's; infonce: gold passages only; cluster: all views drawn to the gold passage; "
         "authors: what the authors' code computes; distill: gold passages against the batch and the corpus, and the LLM's "
-        "texts teach the query which passages of the corpus are near (default: distill, of a late-interaction encoder cluster)",
+        "texts teach the query which passages of the corpus are near (default: distill, of a late-interaction encoder cluster). "
+        "On judgements of an LLM: listwise (their default): softmax of the grades; plackett-luce: groups of equal grades",
     )
     parser.add_argument("--view-weight", type=float, help=f"weight of the LLM's texts in the loss (default: {VIEW_WEIGHT})")
-    weight = "weight of gold passages against the corpus in distill (default: %(default)s)"
-    parser.add_argument("--corpus-weight", type=float, default=0.3, help=weight)
-    parser.add_argument(
-        "--candidates", type=int, default=200, help="passages that each query of a batch brings to distill (default: %(default)s)"
-    )
     parser.add_argument(
         "--no-mask-known-positives",
         action="store_true",
@@ -159,7 +118,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--no-negative", action="store_true", help="ablation: leave out the written irrelevant passages")
     parser.add_argument("--no-synthetic", action="store_true", help="ablation: leave out all synthetic text")
     parser.add_argument("--no-relabel", action="store_true", help="ablation: trust every positive, verified or not")
-    options.add_training_options(parser, epochs=3, batch_size=32, lr=1e-4)
+    options.add_judgement_options(parser, "gold", "gold where qrels/train.tsv is there, else llm")
+    options.add_training_options(parser, epochs=3, batch_size=32)
     return cli.parse(parser, argv, **PAPER)
 
 
@@ -217,25 +177,41 @@ def synthetic_texts(row: jsonl.Row | None, args: argparse.Namespace) -> tuple[li
 
 def main(args: argparse.Namespace) -> None:
     options.check_training_options(args)
-    cli.check_positive(args, "candidates")
     ref = models.resolve(args.model, args.dataset, args.name, args.query_prefix, args.passage_prefix)
-    args.loss = args.loss or ("cluster" if ref.late else "distill")
+    dataset.ensure(args.dataset, fetch=False)
+    args.judgements = args.judgements or training.default_judgements(args.dataset, args.queries)
+    on_gold = args.judgements == "gold"
+    args.lr = args.lr or (1e-4 if on_gold else 5e-5)
+    args.loss = args.loss or ("listwise" if not on_gold else "cluster" if ref.late else "distill")
+    if (args.loss in GRADED) == on_gold:
+        raise BadInput(f"--loss {args.loss} does not go with --judgements {args.judgements}; see --help")
+    if ref.late and args.loss in ("distill", *GRADED):
+        remedy = "a late-interaction encoder trains on gold judgements, with --loss snn or cluster"
+        raise BadInput(f"--loss {args.loss} needs one vector a text; {remedy}")
     if args.view_weight is None:
         args.view_weight = VIEW_WEIGHT.get(args.loss)
-    if ref.late and args.loss == "distill":
-        raise BadInput("--loss distill needs one vector a text; a late-interaction encoder trains with --loss snn or cluster")
-    dataset.ensure(args.dataset, fetch=False)
-    source = paths.synthetic(args.dataset)
-    used = not (args.no_synthetic or args.loss in WITHOUT_TEXTS)
-    typed = download.as_typed(args.dataset)
-    if used and not (source.is_file() and source.stat().st_size):
-        command = terminal.command("datasets/parse_synthetic.py", typed)
-        raise BadInput(f"{paths.shown(source)} is not there or is empty. Run: {command}   (or pass --no-synthetic)")
+    typed, source, used = download.as_typed(args.dataset), paths.synthetic(args.dataset), False
+    if not on_gold:
+        source = training.judgements(args.dataset, ref.name, args.model, args.name, args.queries)
+    else:
+        used = not (args.no_synthetic or args.loss in WITHOUT_TEXTS)
+        if used and not (source.is_file() and source.stat().st_size):
+            command = terminal.command("datasets/parse_synthetic.py", typed)
+            raise BadInput(f"{paths.shown(source)} is not there or is empty. Run: {command}   (or pass --no-synthetic)")
     dataset.ensure(args.dataset)
     output = paths.model_output(f"{ref.name}-sft-{args.dataset}")
     with processes.lock(output):
-        train(args, ref, source if used else None, output)
-    terminal.next_command("retrieval.py", f"{ref.name}-sft", typed)
+        if on_gold:
+            train(args, ref, source if used else None, output)
+        else:
+            from syntriever.train import graded
+
+            graded.train(args, ref, source, output)
+    if on_gold or paths.qrels(args.dataset, "train").is_file():
+        terminal.next_command("retrieval.py", f"{ref.name}-sft", typed)
+    else:
+        before = models.comparable([args.model], args.dataset)
+        terminal.next_command("evaluate.py", "bm25", *before, f"{ref.name}-sft", typed, split=training.test_split(args.dataset))
 
 
 def train(args: argparse.Namespace, ref: models.ModelRef, source: Path | None, output: Path) -> None:

@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from syntriever.data import dataset, download
+from syntriever.data import dataset, download, training
 from syntriever.data.corpus import Corpus
 from syntriever.encode import models
 from syntriever.errors import BadInput
@@ -101,6 +101,7 @@ def kl_of(scores: Tensor, reference: Tensor) -> Tensor:
     return (ours.exp() * (ours - theirs)).sum(1).mean()
 
 
+GRADED = ("listwise", "plackett-luce")  # on grades (syntriever/train/graded.py)
 LOSSES = {"partial-plackett-luce": plackett_luce_of, "bradley-terry": bradley_terry_of}
 
 # -----------------------------------------------------------------------------------------------
@@ -113,7 +114,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = cli.parser(__doc__)
     parser.add_argument("model", help="a stage-1 checkpoint of this project, e.g. e5-sft")
     dataset.add_argument(parser)
-    parser.add_argument("--loss", choices=tuple(LOSSES), default="bradley-terry", help="preference loss (default: %(default)s)")
+    training.add_option(parser)
+    what = "of preferences: bradley-terry (their default) or the paper's partial-plackett-luce; of grades: listwise (theirs) or "
+    parser.add_argument("--loss", choices=(*LOSSES, *GRADED), help=what + "plackett-luce")
     parser.add_argument(
         "--beta", type=float, default=0.1, help="weight of the KL to stage 1; 0 switches it off (default: %(default)s)"
     )
@@ -127,6 +130,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--preferences", type=Path, help="preferences to train on (default: stage2/<model>_<dataset>_preferences.jsonl)"
     )
+    options.add_judgement_options(parser, "preferences", "preferences, or llm where only grades are there")
     options.add_training_options(parser, epochs=1, batch_size=32, lr=2e-5)
     return cli.parse(parser, argv, **PAPER)
 
@@ -193,14 +197,27 @@ def main(args: argparse.Namespace) -> None:
     source = args.preferences.resolve() if args.preferences else paths.preferences(ref.name, args.dataset)
     if args.preferences and not source.is_file():
         raise BadInput(f"--preferences: {args.preferences} is not there")
-    if not source.is_file():
+    if not args.judgements:
+        args.judgements = "preferences" if source.is_file() or not paths.judgements(ref.name, args.dataset).is_file() else "llm"
+    on_grades = args.judgements != "preferences"
+    if on_grades:
+        source = training.judgements(args.dataset, ref.name, args.model, args.name, args.queries)
+    elif not source.is_file():
         command = terminal.command("stage2/parse_comparison.py", typed, model=args.model, name=args.name)
         raise BadInput(f"{paths.shown(source)} is not there. Run: {command}")
+    args.loss = args.loss or ("listwise" if on_grades else "bradley-terry")
+    if (args.loss in GRADED) != on_grades:
+        raise BadInput(f"--loss {args.loss} does not go with --judgements {args.judgements}; see --help")
     dataset.ensure(args.dataset)
     final = f"{ref.name.removesuffix('-sft')}-final"
     output = paths.model_output(f"{final}-{args.dataset}")
     with processes.lock(output):
-        train(args, ref, source, output)
+        if on_grades:
+            from syntriever.train import graded
+
+            graded.train(args, ref, source, output, kl_of if args.beta else None)
+        else:
+            train(args, ref, source, output)
     before = models.comparable([ref.folder and lineage.started_from(ref.folder), args.model], args.dataset)
     terminal.next_command("evaluate.py", "bm25", *before, final, typed)
 
@@ -209,7 +226,7 @@ def train(args: argparse.Namespace, ref: models.ModelRef, source: Path, output: 
     """Train `ref` on the preferences of `source`."""
     record = lineage.Record(args, lineage.check_fresh([source, *ref.weights], args.force))
     corpus = Corpus(args.dataset)
-    queries, _ = dataset.load_split(args.dataset, "train", corpus, args.strict)
+    queries = training.load(args.dataset, args.queries, corpus, args.strict).queries
     pairs = load_pairs(args.dataset, source, queries, corpus)
     record.reads(*dataset.files(args.dataset, "train", "dev"), source, *ref.weights)
     names = [query for query, _, _ in pairs]

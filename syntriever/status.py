@@ -9,8 +9,9 @@ import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from syntriever.data import dataset, download
+from syntriever.data import dataset, download, training
 from syntriever.encode import models
+from syntriever.errors import BadInput
 from syntriever.files import paths
 from syntriever.run import cli, lineage, terminal
 
@@ -21,14 +22,25 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def chain(ds: str, base: str) -> Iterator[tuple[Path, str]]:
-    """The outputs of the encoder `base` in the order of the stages, each with the command that makes it."""
+Steps = Iterator[tuple[Path, str]]  # outputs in the order of the stages, each with the command that makes it
+
+
+def before_gold(ds: str) -> Steps:
+    """What all encoders share, where there are gold judgements."""
+    synthesis = terminal.command("datasets/parse_synthetic.py", download.as_typed(ds))
+    yield paths.dataset(ds), terminal.command("datasets/build_pydocs.py") if ds == "pydocs" else synthesis
+    yield paths.synthetic(ds), synthesis
+
+
+def by_gold(ds: str, base: str) -> Steps:
+    """The outputs of the encoder `base`, trained with gold judgements."""
     sft, final, command = f"{base}-sft", f"{base}-final", terminal.command
     checkpoint, typed = paths.model_output(f"{sft}-{ds}"), download.as_typed(ds)
     model = lineage.started_from(checkpoint) or base
-    yield checkpoint, command("train_stage1.py", model, typed, name=None if model == base else base)
-    yield paths.top(sft, ds), command("retrieval.py", sft, typed)
-    yield paths.preferences(sft, ds), command("stage2/parse_comparison.py", typed, model=sft)
+    if checkpoint.exists() or not paths.model_output(f"{final}-{ds}").exists():  # else `--name` of stage 2: from another name
+        yield checkpoint, command("train_stage1.py", model, typed, name=None if model == base else base)
+        yield paths.top(sft, ds), command("retrieval.py", sft, typed)
+        yield paths.preferences(sft, ds), command("stage2/parse_comparison.py", typed, model=sft)
     yield paths.model_output(f"{final}-{ds}"), command("train_stage2.py", sft, typed)
     yield (
         paths.result(final, ds, "test", ".json"),
@@ -36,12 +48,42 @@ def chain(ds: str, base: str) -> Iterator[tuple[Path, str]]:
     )
 
 
-def bases(ds: str) -> list[str]:
-    """Short names of the encoders that were trained for `ds`, an interrupted run included; the README's where
-    there is none."""
-    pattern = re.compile(rf"\.?(.+)-(?:sft|final)-{re.escape(ds)}(?:\.tmp)?")
-    found = {match[1] for path in (paths.home() / "output").glob("*") if (match := pattern.fullmatch(path.name))}
+def before_llm(ds: str) -> Steps:
+    """What all encoders share, where an LLM judges: queries of its own where there is no log; its texts are a help."""
+    typed = download.as_typed(ds)
+    yield paths.dataset(ds), ""
+    try:
+        training.load(ds, "log", say=False)
+    except BadInput:  # no log
+        yield paths.generated(ds), terminal.command("datasets/generate_queries.py", typed)
+    if paths.synthetic(ds).exists():
+        yield paths.synthetic(ds), terminal.command("datasets/parse_synthetic.py", typed)
+
+
+def by_llm(ds: str, base: str) -> Steps:
+    """The outputs of the encoder `base`, trained with an LLM's judgements."""
+    sft, typed, command = f"{base}-sft", download.as_typed(ds), terminal.command
+    checkpoint, top = paths.model_output(f"{sft}-{ds}"), paths.top(base, ds)
+    model = lineage.started_from(checkpoint) or lineage.started_from(top) or base
+    name, split = None if model == base else base, training.test_split(ds)
+    yield top, command("retrieval.py", model, typed, "--fuse", name=name)
+    yield paths.judgements(base, ds), command("stage2/parse_comparison.py", typed, "--graded", model=model, name=name)
+    yield checkpoint, command("train_stage1.py", model, typed, judgements="llm", name=name)
+    names = "bm25", *models.comparable([model], ds), sft, typed
+    yield paths.result(sft, ds, split or "test", ".json"), command("evaluate.py", *names, split=split)
+
+
+def bases(ds: str, by_who: str) -> list[str]:
+    """Short names of the encoders that were trained for `ds`, an interrupted run included, or whose candidates the LLM
+    is to judge; the README's where there is none."""
+    trained = re.compile(rf"\.?(.+)-(?:sft|final)-{re.escape(ds)}(?:\.tmp)?")
+    found = {match[1] for path in (paths.home() / "output").glob("*") if (match := trained.fullmatch(path.name))}
+    retrieved = (path.name.removesuffix(f"_{ds}_top100.jsonl") for path in (paths.home() / "stage2").glob(f"*_{ds}_top100.jsonl"))
+    found |= {name for name in retrieved if by_who == "llm" and not models.is_own(name)}
     return sorted(found) or ["minilm" if ds == "pydocs" else "e5"]
+
+
+CHAINS = {"gold": (before_gold, by_gold), "llm": (before_llm, by_llm)}  # by who judges the training queries
 
 
 def state_of(output: Path, stale: dict[str, str]) -> tuple[str, str, str]:
@@ -66,8 +108,8 @@ def state_of(output: Path, stale: dict[str, str]) -> tuple[str, str, str]:
 
 def main(args: argparse.Namespace) -> None:
     ds = args.dataset
-    synthesis = terminal.command("datasets/parse_synthetic.py", download.as_typed(ds))
-    first = terminal.command("datasets/build_pydocs.py") if ds == "pydocs" else synthesis
+    by_who = "gold" if paths.qrels(ds, "train").is_file() or not paths.corpus(ds).is_file() else "llm"
+    shared, own = CHAINS[by_who]
     stale: dict[str, str] = {}
 
     def show(steps: Iterable[tuple[Path, str]]) -> str:
@@ -81,19 +123,15 @@ def main(args: argparse.Namespace) -> None:
             terminal.say(f"{state:8} {paths.shown(output)}{'/' if output.is_dir() else ''}{f'   ({why})' if why else ''}")
         return todo
 
-    before = show([(paths.dataset(ds), first), (paths.synthetic(ds), synthesis)])
-    for base in bases(ds):
-        steps = list(chain(ds, base))
-        if steps[3][0].exists() and not steps[0][0].exists():
-            steps = steps[3:]  # `--name` of stage 2: from the stage 1 of another name
-        after = show(steps)
+    before = show(shared(ds))
+    for base in bases(ds, by_who):
+        after = show(own(ds, base))
         todo = before or after
         terminal.say(f"next:    {todo}\n" if todo else f"{base} is complete\n")
 
 
 def dataset_state(ds: str) -> tuple[str, str, str]:
-    there = all(path.is_file() for path in (paths.corpus(ds), paths.queries(ds), paths.qrels(ds, "train")))
-    return ("fresh" if there else "missing"), "", ""
+    return ("fresh" if paths.corpus(ds).is_file() else "missing"), "", ""
 
 
 if __name__ == "__main__":

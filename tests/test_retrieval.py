@@ -338,10 +338,11 @@ def test_a_kill_while_encoding_costs_one_shard(home, tiny_encoder, number):
     assert top.read_bytes() == resumed
 
 
-def test_two_processes_share_the_shards_and_find_the_same(home, tiny_encoder, tmp_path):
+@pytest.mark.parametrize("options", [[], ["--fuse"]])
+def test_two_processes_share_the_shards_and_find_the_same(home, tiny_encoder, tmp_path, options):
     env = {**os.environ, "SYNTRIEVER_HOME": str(home)}
     script = tmp_path / "run.py"
-    script.write_text(SLOW.format(root=str(ROOT), model=str(tiny_encoder)))
+    script.write_text(SLOW.format(root=str(ROOT), model=str(tiny_encoder)).replace('"cpu"', f'"cpu", *{options}'))
     folder, top = home / "output" / "e5-small-tiny" / "embeddings" / "tiny", home / "stage2" / "e5-small-tiny_tiny_top8.jsonl"
     assert subprocess.run([sys.executable, script], env=env, capture_output=True).returncode == 0
     alone = [json.loads(line) for line in top.read_text().splitlines()]

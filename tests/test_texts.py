@@ -199,7 +199,8 @@ def test_dev_of_repeated_texts_is_dev_of_the_texts(homes, tiny_encoder, monkeypa
     model, found = models.load(models.resolve(str(tiny_encoder), "tiny"), "cpu"), []
     for home in homes:
         monkeypatch.setenv("SYNTRIEVER_HOME", str(home))
-        dev = journal.DevScore("tiny", Corpus("tiny"), 999, 99, 42, 32)
+        args = load_script("train_stage1.py").parse_args(["e5", "tiny", "--max-length", "32", "--dev-pool", "999"])
+        dev = journal.dev_score("tiny", Corpus("tiny"), args)
         assert len(set(map(normal, dev.texts))) == len(dev.texts) == 60
         found.append(dev(model))
     assert found[0] == found[1]

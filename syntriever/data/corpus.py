@@ -127,7 +127,7 @@ class Corpus:
 
     def first_id(self, passage_id: str) -> str:
         """Id of the first passage with the same text; the id itself where the corpus lacks it."""
-        position = self.position(passage_id)
+        position = self.position(passage_id) if self.repeats else None
         return passage_id if position is None else self.id(self.twin(position))
 
     def distinct(self, passage_ids: Iterable[str]) -> Iterator[str]:

@@ -72,6 +72,27 @@ def load(ds: str, wanted: str | None, corpus: Corpus | None = None, strict: bool
     return made
 
 
+def default_judgements(ds: str, queries: str | None) -> str:
+    """`gold` where the chosen training queries have gold judgements (or may have: the dataset is not downloaded yet)."""
+    labels = paths.qrels(ds, "train").is_file() or not paths.dataset(ds).is_dir()
+    return "gold" if labels and queries in (None, "gold") else "llm"
+
+
+def judgements(ds: str, name: str, model: str, given_name: str | None, queries: str | None) -> Path:
+    """The LLM's grades of the passages of a model; `BadInput` with the command that makes them where they are not there."""
+    path = paths.judgements(name, ds)
+    if not path.is_file():
+        script, typed = "stage2/parse_comparison.py", download.as_typed(ds)
+        command = terminal.command(script, typed, "--graded", model=model, name=given_name, queries=queries)
+        raise BadInput(f"{paths.shown(path)} is not there. Run: {command}")
+    return path
+
+
+def test_split(ds: str) -> str | None:
+    """What `--split` has to name where a dataset has no test judgements of its own."""
+    return None if paths.qrels(ds, "test").is_file() else "judged"
+
+
 def gold_splits(ds: str) -> list[Path]:
     """The judgements that came with a dataset, of all splits."""
     return [path for path in sorted(paths.qrels(ds, "train").parent.glob("*.tsv")) if path.stem != "judged"]

@@ -1,6 +1,6 @@
 """Top-k search over the embeddings of a corpus: exact, by MaxSim, or through a FAISS index."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -172,6 +172,15 @@ def _index(embeddings: Embeddings, factory: str, seed: int) -> Any:
     return index
 
 
+def directions(encoder: Encoder, asked: Sequence[tuple[str, list[str]]]) -> np.ndarray:
+    """(Q, D) unit vectors: the mean of the embeddings of a query and of its texts."""
+    made: np.ndarray = encoder([query for query, _ in asked], "query")
+    owners = [number for number, (_, texts) in enumerate(asked) for _ in texts]
+    if owners:
+        np.add.at(made, owners, encoder([text for _, texts in asked for text in texts], "document"))
+    return made / np.linalg.norm(made, axis=1, keepdims=True)
+
+
 def top_k(
     encoder: Encoder,
     corpus: Corpus,
@@ -182,24 +191,31 @@ def top_k(
     factory: str | None = None,
     recall: float = 0.95,
     seed: int = 42,
-) -> Iterable[tuple[str, Hits]]:
+    written: Callable[[str], list[str]] | None = None,
+) -> Iterator[tuple[str, Hits]]:
     """(query id, [(passage id, score), ...]) of every query over the whole corpus: best first, and among
     equal scores as trec_eval orders them. Of several processes the first gets it, the others nothing.
-    The search is over when this returns; only the naming of the passages goes query by query."""
+    The search is over when this returns; only the naming of the passages goes query by query.
+
+    `written`: the texts of a query id; then the mean direction of the query and these is searched for."""
     if factory:
         _empty_index(factory, encoder.dim)  # a mistake shows now, not after the encoding
     embeddings = shards.embed(encoder, corpus, folder, dtype)
-    texts, size = list(queries.values()), shards.SHARD
-    windows = terminal.progress(range(0, len(texts), size), desc="queries")
-    vectors: Any = [None] * len(texts) if encoder.late else np.empty((len(texts), encoder.dim), np.float32)
+    names, size = list(queries), shards.SHARD
+    windows = terminal.progress(range(0, len(names), size), desc="queries")
+    vectors: Any = [None] * len(names) if encoder.late else np.empty((len(names), encoder.dim), np.float32)
     for at in windows:
-        vectors[at : at + size] = encoder(texts[at : at + size], "query")
+        some = names[at : at + size]
+        if written:
+            vectors[at : at + size] = directions(encoder, [(queries[query], written(query)) for query in some])
+        else:
+            vectors[at : at + size] = encoder([queries[query] for query in some], "query")
     if not factory:
         found = exact(embeddings, vectors, k, str(encoder.model.device))
     elif processes.rank() == 0:
         found = approximate(embeddings, vectors, k, factory, seed, recall)
     if processes.rank():
-        return ()
+        return iter(())
 
     def hits(scores: np.ndarray, positions: np.ndarray) -> Hits:
         named = [(corpus.id(p), float(s)) for s, p in zip(scores, positions, strict=True) if p >= 0]

@@ -143,9 +143,10 @@ def load_record(output: Path) -> dict[str, Any] | None:
     return record
 
 
-def started_from(checkpoint: Path) -> str | None:
-    """The model that a checkpoint is trained from, as it was typed, also of a run that was interrupted; else None."""
-    record, begun = load_record(checkpoint), checkpoint.with_name(f".{checkpoint.name}.tmp").glob("checkpoint-*/state.json")
+def started_from(output: Path) -> str | None:
+    """The model that a checkpoint is trained from or a file is retrieved by, as it was typed, also of a training that was
+    interrupted; else None."""
+    record, begun = load_record(output), output.with_name(f".{output.name}.tmp").glob("checkpoint-*/state.json")
     made = [record["options"]] if record else [json.loads(path.read_bytes())["settings"] for path in begun]
     return made[0].get("model") if made else None
 

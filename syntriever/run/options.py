@@ -26,14 +26,15 @@ def add_encoding_options(parser: argparse.ArgumentParser) -> None:
     _add_common_options(group)
 
 
-def add_training_options(parser: argparse.ArgumentParser, *, epochs: float, batch_size: int, lr: float) -> None:
+def add_training_options(parser: argparse.ArgumentParser, *, epochs: float, batch_size: int, lr: float | None = None) -> None:
     """Options of both training stages."""
     group = parser.add_argument_group("training")
     group.add_argument("--epochs", type=float, default=epochs, help="passes over the rows (default: %(default)s)")
     group.add_argument(
         "--batch-size", type=int, default=batch_size, help="rows per step, of all processes together (default: %(default)s)"
     )
-    group.add_argument("--lr", type=float, default=lr, help="peak learning rate of AdamW (default: %(default)s)")
+    rate = lr or "1e-4 on gold judgements, 5e-5 on those of an LLM"
+    group.add_argument("--lr", type=float, default=lr, help=f"peak learning rate of AdamW (default: {rate})")
     group.add_argument(
         "--warmup", type=float, default=0.1, help="share of the steps with rising learning rate (default: %(default)s)"
     )
@@ -57,6 +58,25 @@ def add_training_options(parser: argparse.ArgumentParser, *, epochs: float, batc
     _add_common_options(group)
 
 
+def add_judgement_options(parser: argparse.ArgumentParser, usual: str, default: str) -> None:
+    """Where relevance comes from, in both training stages: the `usual` source or an LLM's grades."""
+    group = parser.add_argument_group("judgements")
+    group.add_argument(
+        "--judgements",
+        choices=(usual, "llm", "both"),
+        help="llm: the grades of stage2/parse_comparison.py --graded; both: these, and gold passages with the best grade "
+        f"(default: {default})",
+    )
+    what = "a grade counts as exp(grade / this) in the order that the LLM's grades teach (default: %(default)s)"
+    group.add_argument("--grade-temperature", type=float, default=0.5, help=what)
+    what = "weight of judged-relevant passages against all others, beside that order (default: %(default)s)"
+    group.add_argument("--contrast-weight", type=float, default=1.0, help=what)
+    what = "weight of relevant passages against the corpus, beside the batch (default: %(default)s)"
+    group.add_argument("--corpus-weight", type=float, default=0.3, help=what)
+    what = "passages of the corpus that each query of a batch brings to that (default: %(default)s)"
+    group.add_argument("--candidates", type=int, default=200, help=what)
+
+
 def _add_common_options(group: argparse._ArgumentGroup) -> None:
     """Options of all stages that have an encoder."""
     for side, what in (("query", "query"), ("passage", "passage or written text")):
@@ -76,6 +96,7 @@ def check_training_options(args: argparse.Namespace) -> None:
     cli.check_positive(
         args, "epochs", "batch_size", "lr", "temperature", "max_length", "dev_pool", "dev_queries", "mini_batch_size"
     )
+    cli.check_positive(args, "candidates", "grade_temperature")
     if not 0 <= args.warmup < 1:
         raise BadInput(f"--warmup is a share between 0 and 1, not {args.warmup}")
     _check_device(args.device)

@@ -62,7 +62,7 @@ def build(
             wanted = [*asked, *((asked[number][0], []) for number in sample)]  # the latter: the query alone
             views = np.empty((len(wanted), encoder.dim), np.float32)
             for start in range(0, len(wanted), shards.SHARD):
-                views[start : start + shards.SHARD] = directions(encoder, wanted[start : start + shards.SHARD])
+                views[start : start + shards.SHARD] = search.directions(encoder, wanted[start : start + shards.SHARD])
             np.save(folder / "views.npy", views, allow_pickle=False)
         processes.wait()
         views = np.load(folder / "views.npy", mmap_mode="r", allow_pickle=False)
@@ -83,12 +83,3 @@ def ndcg(top: np.ndarray, relevant: Sequence[set[int]]) -> float:
     qrels = {str(query): {str(position): 1 for position in some} for query, some in enumerate(relevant)}
     run = {str(q): {str(p): -float(rank) for rank, p in enumerate(dict.fromkeys(row))} for q, row in enumerate(top.tolist())}
     return metrics.mean(metrics.evaluate(qrels, run, (10,))["nDCG@10"])
-
-
-def directions(encoder: Encoder, asked: Sequence[tuple[str, list[str]]]) -> np.ndarray:
-    """(Q, D) unit vectors: the mean of the embeddings of a query and of its texts."""
-    made: np.ndarray = encoder([query for query, _ in asked], "query")
-    owners = [number for number, (_, texts) in enumerate(asked) for _ in texts]
-    if owners:
-        np.add.at(made, owners, encoder([text for _, texts in asked for text in texts], "document"))
-    return made / np.linalg.norm(made, axis=1, keepdims=True)

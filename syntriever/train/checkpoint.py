@@ -74,7 +74,7 @@ def swap(work: Path, output: Path) -> None:
     if output.is_dir():
         output.rename(old)
     work.rename(output)
-    for left in (*output.glob("checkpoint-*"), *output.glob("best-*.safetensors")):
+    for left in (*output.glob("checkpoint-*"), *output.glob("best-*.safetensors"), *output.glob("start.safetensors")):
         shutil.rmtree(left) if left.is_dir() else left.unlink()
     shutil.rmtree(old, ignore_errors=True)
 

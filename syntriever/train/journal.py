@@ -27,15 +27,18 @@ from syntriever.run import processes, terminal
 
 
 class DevScore:
-    """nDCG@10 on the dev split, over its judged passages and a random sample of the rest, read at
-    the length used in training. Equal texts are one."""
+    """nDCG@10 on some judged queries, over their judged passages and a random sample of the rest, read at
+    the length used in training. Equal texts are one: `qrels` go by the first passage of a text.
 
-    def __init__(self, ds: str, corpus: Corpus, pool: int, max_queries: int, seed: int, max_length: int | None = None) -> None:
-        self.max_length = max_length
-        queries, by_id = dataset.load_split(ds, "dev")
-        qrels = dataset.by_text(queries, by_id, corpus)
-        rng = random.Random(seed)
-        chosen = rng.sample(sorted(queries), min(max_queries, len(queries)))
+    With `from_start` the encoder that training starts from may be the best, too, and so may its average with the last one.
+    """
+
+    def __init__(
+        self, queries: dict[str, str], qrels: dataset.Qrels, corpus: Corpus, args: argparse.Namespace, from_start: bool = False
+    ) -> None:
+        self.max_length, self.from_start = args.max_length, from_start
+        pool, rng = args.dev_pool, random.Random(args.seed)
+        chosen = rng.sample(sorted(queries), min(args.dev_queries, len(queries)))
         self.queries, self.qrels = {q: queries[q] for q in chosen}, {q: qrels[q] for q in chosen}
         judged = {p for judgements in self.qrels.values() for p in map(corpus.position, judgements) if p is not None}
         drawn = corpus.twins(np.array(rng.sample(range(len(corpus)), min(pool, len(corpus)))))
@@ -54,9 +57,18 @@ class DevScore:
 def dev_score(ds: str, corpus: Corpus, args: argparse.Namespace) -> DevScore | None:
     """The dev set for choosing the best epoch; None where the dataset has none."""
     if paths.qrels(ds, "dev").is_file():
-        return DevScore(ds, corpus, args.dev_pool, args.dev_queries, args.seed, args.max_length)
+        queries, qrels = dataset.load_split(ds, "dev")
+        return DevScore(queries, dataset.by_text(queries, qrels, corpus), corpus, args)
     terminal.say(f"note:  {ds} has no dev split; the last epoch is kept")
     return None
+
+
+START = "start.safetensors"  # weights before training, where they may be the best
+
+
+def _write(weights: dict[str, Tensor], path: Path) -> None:
+    with jsonl.atomic(path) as file:
+        file.write(serialize({name: tensor.cpu().contiguous().clone() for name, tensor in weights.items()}))
 
 
 class Journal:
@@ -66,6 +78,7 @@ class Journal:
         self.dev, self.work, self.every = dev, work, every
         self.log, self.rows = work / "log.jsonl", []
         self.best, self.best_epoch, seconds = -1.0, 0.0, 0.0
+        self.averaged = False  # whether the best is the average of the last epoch and the start
         self.talks = processes.rank() == 0
         if state:
             self.best, self.best_epoch, seconds = state["best"], state["best_epoch"], state["seconds"]
@@ -109,18 +122,40 @@ class Journal:
         value = self.dev(model)
         self.add(step, {"epoch": epoch, "dev_ndcg@10": value})
         terminal.say(f"       epoch {epoch:g}: dev nDCG@10 {value:.4f}" + ("" if epoch else " (before training)"))
-        if epoch and value > self.best:
+        if not epoch and self.dev.from_start:
+            _write(model.state_dict(), self.work / START)
+        if value > self.best and (epoch or self.dev.from_start):
             self.best, self.best_epoch = value, epoch
-            with jsonl.atomic(self._best_file()) as file:
-                file.write(serialize({name: tensor.cpu().contiguous().clone() for name, tensor in model.state_dict().items()}))
+            _write(model.state_dict(), self._best_file())
+
+    def average(self, model: Any, step: int, epoch: float) -> None:
+        """Score the average of the last epoch's weights and those from the start: half the way is often the better half."""
+        if self.dev is None or not self.dev.from_start:
+            return
+        start, last = load_file(self.work / START), model.state_dict()
+        floats = {name for name, tensor in last.items() if tensor.is_floating_point()}
+        model.load_state_dict({n: (t.cpu() + start[n]) / 2 if n in floats else t for n, t in last.items()})
+        value = self.dev(model)
+        self.add(step, {"epoch": epoch, "dev_ndcg@10_of_average": value})
+        terminal.say(f"       average of epoch {epoch:g} and the start: dev nDCG@10 {value:.4f}")
+        if value > self.best:
+            self.best, self.best_epoch, self.averaged = value, epoch, True
+            _write(model.state_dict(), self._best_file())
 
     def _best_file(self) -> Path:
-        return self.work / f"best-{self.best_epoch:g}.safetensors"
+        return self.work / f"best-{self.best_epoch:g}{'-average' if self.averaged else ''}.safetensors"
+
+    @property
+    def best_name(self) -> str:
+        epoch = f"epoch {self.best_epoch:g}" if self.best_epoch else "the encoder as it was before training"
+        return f"the average of {epoch} and the start" if self.averaged else epoch
 
     def restore_best(self, model: Any) -> None:
-        if self.best_epoch:
+        if self._best_file().is_file():
             model.load_state_dict(load_file(self._best_file()))
-            terminal.say(f"best   epoch {self.best_epoch:g} with dev nDCG@10 {self.best:.4f}")
+            terminal.say(f"best   {self.best_name} with dev nDCG@10 {self.best:.4f}")
+            if not self.best_epoch:
+                terminal.say("warning: no epoch is better; the checkpoint holds the untrained encoder")
 
     def step(self, done: int, epoch: float, parts: dict[str, Tensor], rate: float, norm: Tensor) -> None:
         """Take in one step. Means of the parts go into the log every few steps."""
@@ -152,7 +187,7 @@ class Journal:
 
 def card(title: str, args: argparse.Namespace, journal: Journal, late: bool) -> str:
     """Model card: what it is, how it was made, how it is used."""
-    dev = f"\nBest epoch {journal.best_epoch:g}, dev nDCG@10 {journal.best:.4f}.\n" if journal.best_epoch else ""
+    dev = f"\nBest on dev: {journal.best_name}, nDCG@10 {journal.best:.4f}.\n" if journal.best >= 0 else ""
     kind = "MultiVectorEncoder" if late else "SentenceTransformer"
     options = "\n".join(f"| {name} | {value} |" for name, value in sorted(vars(args).items()))
     return (
@@ -168,6 +203,7 @@ def draw(rows: list[dict[str, Any]], path: Path, title: str) -> None:
     """Picture of the log: the loss, its other parts, and dev nDCG@10."""
     steps = [row for row in rows if "loss" in row]
     dev = [row for row in rows if "dev_ndcg@10" in row]
+    average = [row for row in rows if "dev_ndcg@10_of_average" in row]
     parts = list(steps[-1])[5:-1] if steps else []  # between grad_norm and seconds
     shares = [name for name in parts if name.endswith(("accuracy", "share"))]
     panels = {"loss": ["loss"], "its parts": [p for p in parts if p not in shares], "share of the batch": shares}
@@ -180,4 +216,5 @@ def draw(rows: list[dict[str, Any]], path: Path, title: str) -> None:
                 axis.legend(fontsize=8)
         axes[2].set_ylim(0, 1.02)
         axes[3].plot([row["epoch"] for row in dev], [row["dev_ndcg@10"] for row in dev], marker="o")
+        axes[3].plot([row["epoch"] for row in average], [row["dev_ndcg@10_of_average"] for row in average], "x", label="average")
         axes[3].set(xlabel="epoch", title="dev nDCG@10" if dev else "no dev split")

@@ -243,10 +243,13 @@ def train(
                 score(done)
     if not first:
         return
+    journal.average(model, total, round(total / per_epoch, 4))
     journal.close()
     journal.restore_best(model)
     draw(journal.rows, work / "loss.png", title)
     models.save(model, work, card(title, args, journal, models.is_late(model)))
-    record.write(work, steps=total, best_epoch=journal.best_epoch, dev_ndcg_at_10=journal.best if dev else None)
+    record.write(
+        work, steps=total, best_epoch=journal.best_epoch, averaged=journal.averaged, dev_ndcg_at_10=journal.best if dev else None
+    )
     checkpoint.swap(work, output)
     terminal.say(f"wrote  {paths.shown(output)}/: checkpoint, run.json, log.jsonl, loss.png")
