@@ -120,7 +120,8 @@ def test_each_passage_is_asked_about_once_and_its_queries_train(ports, run):
         assert len(server.requests) == 20
         assert sorted(map(name_of, server.requests)) == sorted(NAMES)
         assert all(body["temperature"] == 0.7 for body in server.requests)
-    assert "python retrieval.py e5 tiny --fuse" in said
+    (command,) = re.findall(r"^next:  python retrieval\.py (.*)$", said, re.M)
+    assert load_script("retrieval.py").parse_args(command.split()).fuse
     assert "78 queries (21 question, 19 keywords, 19 claim, 19 typed); 20 more passages" in said
     found = {row["query_id"]: row for row in generated()}
     assert len(found) == 78
