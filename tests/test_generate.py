@@ -2,20 +2,26 @@
 
 import itertools
 import json
+import os
+import random
 import re
+import signal
+import subprocess
+import sys
 import time
 from collections import Counter
 
 import pytest
-from conftest import load_script, write_jsonl
+from conftest import ROOT, load_script, write_jsonl
 from hypothesis import example, given
 from hypothesis import strategies as st
-from llm_lab import prompt_of, rows
+from llm_lab import LAUNCHER, prompt_of, rows, wait_for
 from llm_server import LLMServer
+from test_data import file_size_limit
 
 from syntriever.data import training
-from syntriever.errors import BadInput, Failed
-from syntriever.files import jsonl, paths
+from syntriever.errors import BadInput
+from syntriever.files import paths
 from syntriever.llm.verdicts import labelled_lines
 from syntriever.run import lineage
 
@@ -114,7 +120,8 @@ def test_each_passage_is_asked_about_once_and_its_queries_train(ports, run):
         assert len(server.requests) == 20
         assert sorted(map(name_of, server.requests)) == sorted(NAMES)
         assert all(body["temperature"] == 0.7 for body in server.requests)
-    assert "python retrieval.py e5 tiny --fuse" in said
+    (command,) = re.findall(r"^next:  python retrieval\.py (.*)$", said, re.M)
+    assert load_script("retrieval.py").parse_args(command.split()).fuse
     assert "78 queries (21 question, 19 keywords, 19 claim, 19 typed); 20 more passages" in said
     found = {row["query_id"]: row for row in generated()}
     assert len(found) == 78
@@ -207,7 +214,10 @@ def test_what_is_dropped_is_counted_and_no_query_of_dev_or_test_is_written_again
     said += ["question: Why is there a tower?", "question: why is there a tower", "keywords: amber tower hours"]
     copied = ["claim: harbor of amber keeps its old lighthouse", "claim: Harbor of Amber keeps: its OLD light", "typed: x"]
     with LLMServer(about("amber", "\n".join(said + copied))) as server:
-        printed = run(server, GENERATION, "--concurrency", 1)
+        run(server, GENERATION)
+        paths.generated("tiny").unlink()
+        printed = run(server, GENERATION)  # from the ledger, also for the estimate: that counts nothing
+        assert len(server.requests) == 20
     kept = [(row["query_id"], row["query"]) for row in generated() if row["passage_id"] == "p00"]
     assert kept == [
         ("g-p00-5", "Why is there a tower?"),
@@ -220,6 +230,9 @@ def test_what_is_dropped_is_counted_and_no_query_of_dev_or_test_is_written_again
     assert "1 of the new queries were dropped: they equal another one of their passage" in printed
     assert "1 of the new queries were dropped: they copy 7 or more words in a row of their passage" in printed
     assert lineage.load_record(paths.generated("tiny"))["results"]["queries_dropped"]["equal a query of dev or test"] == 2
+    paths.qrels("tiny", "judged").write_text("q4\tp00\t1\n")  # made by an LLM later, of queries that are there
+    with LLMServer(four) as server:
+        run(server, GENERATION)
     write_jsonl(paths.queries("tiny"), [{"_id": "q1", "text": "amber tower hours"}, {"_id": "q2", "text": "b"}])
     with LLMServer(four) as server:
         assert "queries.jsonl was" in run(server, GENERATION, code=2)
@@ -351,39 +364,70 @@ def calm(ports, run):
         yield server, paths.generated("tiny").read_bytes()
 
 
+def leave(content):
+    """What a killed run leaves: this much of the output, and a record that is not complete."""
+    record = paths.run_json(paths.generated("tiny"))
+    record.write_text(record.read_text().replace('"complete": true', '"complete": false'))
+    paths.generated("tiny").write_bytes(content)
+
+
 def test_a_kill_at_any_byte_loses_and_repeats_nothing(calm, run):
     server, whole = calm
-    output, record = paths.generated("tiny"), paths.run_json(paths.generated("tiny"))
-    unfinished = record.read_text().replace('"complete": true', '"complete": false')
     ends = list(itertools.accumulate(map(len, whole.splitlines(True))))
     assert len(ends) == 24
     for cut in [0, *ends[:9], *ends[-5:], *(end - 1 for end in ends[::5]), *range(50, len(whole), 601)]:
-        output.write_bytes(whole[:cut])
-        record.write_text(unfinished)
-        run(server, GENERATION, "--passages", 6)
-        assert output.read_bytes() == whole, cut
+        leave(whole[:cut])
+        assert "they" not in run(server, GENERATION, "--passages", 6)
+        assert paths.generated("tiny").read_bytes() == whole, cut
     assert not server.requests
 
 
-def test_a_disk_that_fills_between_two_rows_of_a_passage(calm, run, monkeypatch):
-    server, whole = calm
-    output, add = paths.generated("tiny"), jsonl.Appender.add
-    for full in (1, 2, 4, 5, 11):
-        left = iter(range(full))
+def test_a_disk_that_fills_keeps_whole_passages(ports, run):
+    """Also where a shorter row of another passage would still fit, and after a kill."""
+    output = paths.generated("tiny")
+    with LLMServer(lambda body: four(body) + f"\nclaim: {name_of(body)} {'x' * 400 * (ord(name_of(body)[-1]) % 2)}") as server:
+        run(server, GENERATION)
+        whole, lines = output.read_bytes(), output.read_bytes().splitlines(True)
+        server.requests.clear()
+        for limit in range(5000, len(whole), 800):
+            leave(b"".join(lines[95:97]))  # of the passage that was drawn last a part came first
+            with file_size_limit(limit):
+                assert "cannot write datasets/tiny_generated.jsonl" in run(server, GENERATION, code=1)
+            assert set(Counter(row["passage_id"] for row in generated()).values()) == {5}
+            run(server, GENERATION)
+            assert output.read_bytes() == whole
+        assert not server.requests
 
-        def fill(self, row, left=left):
-            if self.path == output and next(left, None) is None:
-                raise Failed(f"cannot write {paths.shown(output)}: No space left on device")
-            add(self, row)
 
-        output.unlink()
-        with monkeypatch.context() as patch:
-            patch.setattr(jsonl.Appender, "add", fill)
-            assert "cannot write datasets/tiny_generated.jsonl" in run(server, GENERATION, "--passages", 6, "--force", code=1)
-        assert len(generated()) == full
-        run(server, GENERATION, "--passages", 6)
-        assert output.read_bytes() == whole
-    assert not server.requests
+def test_killed_at_random_moments_it_ends_in_the_same_file(ports, run):
+    """Nothing that arrived is asked for again, and the queries of no passage are lost or there twice."""
+    more = [f"{first}{last}" for first, last in itertools.product(NAMES, NAMES[::2])]
+    write_jsonl(paths.corpus("tiny"), [{"_id": f"p{n:03}", "text": passage(name)} for n, name in enumerate(more)])
+    output, ledger, rng, concurrency = paths.generated("tiny"), paths.generation_ledger("tiny"), random.Random(5), 8
+    kills = 10
+    with LLMServer(four) as server:
+        run(server, GENERATION)
+        calm = output.read_bytes()
+        for path in output.parent.glob("tiny_*"):
+            path.unlink()
+        server.requests.clear()
+        server.latency = 0.02
+        command = [sys.executable, "-c", LAUNCHER, ROOT / GENERATION, "tiny", "--llm", "judge", "--base-url", server.url]
+        command, pipe = [*command, "--concurrency", str(concurrency)], subprocess.PIPE
+        with subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, text=True, bufsize=1) as launcher:
+            for _ in range(kills):
+                target = (ledger.stat().st_size if ledger.exists() else 0) + rng.randint(1, 6_000)
+                launcher.stdin.write("\n")
+                process = int(launcher.stdout.readline())
+                wait_for(lambda size=target: ledger.exists() and ledger.stat().st_size >= size)
+                os.killpg(process, signal.SIGKILL)
+                assert int(launcher.stdout.readline()) == -signal.SIGKILL
+            launcher.stdin.close()
+        assert output.read_bytes() != calm
+        run(server, GENERATION)
+    assert output.read_bytes() == calm
+    assert len({row["key"] for row in rows(ledger)}) == len(rows(ledger)) == len(more) == 200
+    assert len(server.requests) <= len(more) + kills * concurrency
 
 
 def test_rows_that_the_user_removed_stay_away(calm, run):

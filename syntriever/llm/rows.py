@@ -73,8 +73,8 @@ def append_rows(
     """Run `work` on each of the `total` items and append its row to `output` as soon as it is complete.
 
     A row with a "reason" goes to the failed file beside the output instead (`not_recorded` and
-    `pending` are only counted). Rows of one item stand together: a kill leaves a part of them at the end of the file, and
-    nowhere else. Returns how many items were "written" and how many had each reason, and what was used.
+    `pending` are only counted). Rows of one item are written at once: a kill leaves a part of them at the end of the file,
+    and nowhere else. Returns how many items were "written" and how many had each reason, and what was used.
     With `--dry-run` only the estimate is made, and nothing is written.
     """
     if not teacher.live:
@@ -116,8 +116,7 @@ def append_rows(
                 said.add(message if reason == "length" else reason)
                 terminal.say(f"note:  {reason}: {message}")
             if "reason" not in row:
-                for each in made if isinstance(made, list) else [made]:
-                    rows.add(each)  # nothing is awaited between them
+                rows.add(*(made if isinstance(made, list) else [made]))
             elif row["reason"] not in ("not_recorded", "pending"):
                 failures.add(row)
             bar.update()
