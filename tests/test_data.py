@@ -295,11 +295,12 @@ def test_names_never_lead_out_of_their_folder(data, name):
 
 
 def test_unknown_and_incomplete_datasets(data):
-    write_corpus(data, [{"_id": "d", "text": "t"}])
+    (data / "datasets" / "x" / "corpus.jsonl").unlink(missing_ok=True)
+    (data / "datasets" / "x").mkdir(parents=True, exist_ok=True)
     for name, message in (
         ("scifcat", r"unknown dataset 'scifcat'.*pydocs.*msmarco.*scifact"),
         ("pydocs", r"python datasets/build_pydocs\.py"),
-        ("x", r"datasets/x/queries\.jsonl is missing"),
+        ("x", r"datasets/x/corpus\.jsonl is missing"),
     ):
         with pytest.raises(BadInput, match=message):
             dataset.ensure(name)

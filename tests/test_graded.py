@@ -8,11 +8,12 @@ import types
 import numpy as np
 import pytest
 import torch
-from conftest import FAST, SFT, digest, log_of, write_jsonl
+from conftest import FAST, SFT, digest, library, log_of, write_jsonl
 from safetensors.torch import load_file
 
 from syntriever.data import training
 from syntriever.data.corpus import Corpus
+from syntriever.encode import models
 from syntriever.errors import BadInput
 from syntriever.files import paths
 from syntriever.train import graded, journal, losses
@@ -79,7 +80,7 @@ def test_plackett_luce_over_groups_is_what_loops_make_of_it(seed):
                 mine = float(scores[row, k].detach())
                 of_row.append(log_sum_exp([mine, *lower]) - mine)
         costs += [mean(of_row)] if of_row else []
-    assert float(losses.plackett_luce_groups(scores, grades, judged)) == pytest.approx(mean(costs), rel=1e-9)
+    assert float(losses.plackett_luce_groups(scores, grades, judged).detach()) == pytest.approx(mean(costs), rel=1e-9)
     assert costs
     assert torch.autograd.gradcheck(lambda s: losses.plackett_luce_groups(s, grades, judged), scores)
 
@@ -106,7 +107,7 @@ def test_graded_contrast_is_what_loops_make_of_it(seed):
         others = [float(scores[row, k].detach()) for k in range(scores.shape[1]) if not relevant[row, k] and not ignored[row, k]]
         own = [float(scores[row, k].detach()) for k in mine]
         costs += [mean([log_sum_exp([one, *others]) - one for one in own])] if own else []
-    assert float(losses.graded_contrast(scores, relevant, ignored)) == pytest.approx(mean(costs), rel=1e-9)
+    assert float(losses.graded_contrast(scores, relevant, ignored).detach()) == pytest.approx(mean(costs), rel=1e-9)
     assert torch.autograd.gradcheck(lambda s: losses.graded_contrast(s, relevant, ignored), scores)
 
 
@@ -408,12 +409,17 @@ def weights(folder):
 
 @pytest.mark.parametrize("best", ["start", "average", "last"])
 def test_untrained_trained_and_averaged_weights_are_candidates(judge, home, tiny_encoder, run_script, monkeypatch, best):
-    scores = iter({"start": [0.9, 0.1, 0.2, 0.3], "average": [0.1, 0.2, 0.3, 0.9], "last": [0.1, 0.2, 0.9, 0.3]}[best])
-    monkeypatch.setattr(journal.DevScore, "__call__", lambda self, model: next(scores))
+    scores = {"start": [0.9, 0.1, 0.2, 0.3], "average": [0.1, 0.2, 0.3, 0.9], "last": [0.1, 0.2, 0.9, 0.3]}
+
+    def score_as(means):
+        """Scores of two queries each time the encoder is scored."""
+        left = iter(means)
+        monkeypatch.setattr(journal.DevScore, "__call__", lambda self, model: dict.fromkeys("ab", next(left)))
+
+    score_as(scores[best])
     out = run_stage1(run_script, tiny_encoder)
     found, untrained = weights(paths.model_output(f"{SFT}-tiny")), weights(tiny_encoder)
-    last = iter([0.1, 0.2, 0.9, 0.3])
-    monkeypatch.setattr(journal.DevScore, "__call__", lambda self, model: next(last))
+    score_as(scores["last"])
     run_stage1(run_script, tiny_encoder)
     trained = weights(paths.model_output(f"{SFT}-tiny"))
     assert ("no epoch is better" in out) == (best == "start")
@@ -424,6 +430,38 @@ def test_untrained_trained_and_averaged_weights_are_candidates(judge, home, tiny
         assert torch.allclose(tensor.float(), wanted.float(), atol=1e-7), name
         same += torch.equal(start, trained[name])
     assert same < len(found) / 2  # training changed most of them
+
+
+@pytest.mark.parametrize(("gains", "kept"), [([0.1, 0.1, 0.1, -0.1], 1.0), ([0.1, 0.1, 0.1, 0.0], 0.0)])
+def test_the_last_epoch_stays_within_a_standard_error(judge, home, tiny_encoder, run_script, monkeypatch, gains, kept):
+    """Mean .05, standard error .05; mean .075, standard error .025."""
+    start = {query: 0.5 + gain for query, gain in zip("abcd", gains, strict=True)}
+    scores = iter([start, dict.fromkeys("abcd", 0.5), dict.fromkeys("abcd", 0.2)])
+    monkeypatch.setattr(journal.DevScore, "__call__", lambda self, model: next(scores))
+    out = run_stage1(run_script, tiny_encoder, "--epochs", "1")
+    assert ("within a standard error: the last epoch stays" in out) == (kept == 1)
+    record = json.loads((paths.model_output(f"{SFT}-tiny") / "run.json").read_text())
+    assert record["results"]["best_epoch"] == kept
+    assert record["results"]["dev_ndcg_at_10"] == pytest.approx(0.5 if kept else 0.575)
+
+
+def test_held_out_queries_are_scored_by_their_own_judged_passages(judge, tiny_encoder, run_script):
+    (_, held), corpus = loaded()
+    args = types.SimpleNamespace(max_length=32, dev_pool=50, dev_queries=99, seed=1)
+    dev = graded.held_out_score(held, corpus, args)
+    model = models.load(models.resolve(str(tiny_encoder), "tiny"), "cpu")
+    found = dev(model)
+    model.max_seq_length = 32
+    vectors = library(model, dev.texts, "document")
+    for name, text, positions, given in zip(held.names, held.texts, held.positions, held.grades, strict=True):
+        query = library(model, [text], "query")[0]
+        order = sorted(positions, key=lambda p: -float(query @ vectors[dev.ids.index(corpus.id(p))]))
+        gain = dict(zip(positions, given.tolist(), strict=True))
+        dcg, best = (
+            sum(gain[p] / math.log2(rank + 2) for rank, p in enumerate(ranked))
+            for ranked in (order, sorted(positions, key=lambda p: -gain[p]))
+        )
+        assert found[name] == pytest.approx(dcg / best, abs=1e-6)
 
 
 def test_a_preference_file_stays_the_default_of_stage2_and_grades_alone_are_said(judge, stage1, run_script):

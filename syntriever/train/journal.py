@@ -27,17 +27,18 @@ from syntriever.run import processes, terminal
 
 
 class DevScore:
-    """nDCG@10 on some judged queries, over their judged passages and a random sample of the rest, read at
-    the length used in training. Equal texts are one: `qrels` go by the first passage of a text.
+    """nDCG@10 of some judged queries, read at the length used in training. Equal texts are one: `qrels` go by the first passage
+    of a text. Ranked are all their judged passages and a random sample of the rest.
 
-    With `from_start` the encoder that training starts from may be the best, too, and so may its average with the last one.
+    With `from_start` the judged passages are those that the starting encoder found, so a better one would be punished for
+    what it finds beside them: only a query's own judged passages are ranked (condensed lists, Sakai 2007).
     """
 
     def __init__(
         self, queries: dict[str, str], qrels: dataset.Qrels, corpus: Corpus, args: argparse.Namespace, from_start: bool = False
     ) -> None:
         self.max_length, self.from_start = args.max_length, from_start
-        pool, rng = args.dev_pool, random.Random(args.seed)
+        pool, rng = 0 if from_start else args.dev_pool, random.Random(args.seed)
         chosen = rng.sample(sorted(queries), min(args.dev_queries, len(queries)))
         self.queries, self.qrels = {q: queries[q] for q in chosen}, {q: qrels[q] for q in chosen}
         judged = {p for judgements in self.qrels.values() for p in map(corpus.position, judgements) if p is not None}
@@ -45,13 +46,15 @@ class DevScore:
         positions = sorted(judged | set(drawn.tolist()))
         self.ids, self.texts = [corpus.id(p) for p in positions], [corpus.text(p) for p in positions]
 
-    def __call__(self, model: Any) -> float:
+    def __call__(self, model: Any) -> dict[str, float]:
         with models.at_length(model, self.max_length):
             encode = Encoder(model)
             scores = search.similarity(encode(list(self.queries.values()), "query"), encode(self.texts, "document"))
+        if self.from_start:
+            scores[~np.array([[passage in judged for passage in self.ids] for judged in self.qrels.values()])] = -np.inf
         best = np.argsort(-scores, axis=1, kind="stable")[:, :10]
         run = {q: {self.ids[p]: float(scores[i, p]) for p in best[i]} for i, q in enumerate(self.queries)}
-        return metrics.mean(metrics.evaluate(self.qrels, run, (10,))["nDCG@10"])
+        return metrics.evaluate(self.qrels, run, (10,))["nDCG@10"]
 
 
 def dev_score(ds: str, corpus: Corpus, args: argparse.Namespace) -> DevScore | None:
@@ -79,9 +82,11 @@ class Journal:
         self.log, self.rows = work / "log.jsonl", []
         self.best, self.best_epoch, seconds = -1.0, 0.0, 0.0
         self.averaged = False  # whether the best is the average of the last epoch and the start
+        self.best_values: dict[str, float] = {}  # by query
         self.talks = processes.rank() == 0
         if state:
             self.best, self.best_epoch, seconds = state["best"], state["best_epoch"], state["seconds"]
+            self.best_values = state.get("best_values", {})
             if self.talks:
                 with self.log.open("ab") as file:
                     file.truncate(state["log_bytes"])  # what came after the checkpoint comes again
@@ -99,7 +104,7 @@ class Journal:
         with self.log.open("ab") as file:  # on disk before the checkpoint that counts on it
             os.fsync(file.fileno())
             size = file.tell()
-        best = {"best": self.best, "best_epoch": self.best_epoch}
+        best = {"best": self.best, "best_epoch": self.best_epoch, "best_values": self.best_values}
         parts = {name: [float(value) for value in values] for name, values in self.parts.items()}
         return {**best, "step": step, "log_bytes": size, "parts": parts, "seconds": time.monotonic() - self.started}
 
@@ -119,28 +124,38 @@ class Journal:
         """Score the model on dev, once an epoch, and keep its weights where they are the best so far."""
         if self.dev is None or not self.talks or any(row["epoch"] == epoch for row in self.rows if "dev_ndcg@10" in row):
             return
-        value = self.dev(model)
+        self.last = self.dev(model)
+        value = metrics.mean(self.last)
         self.add(step, {"epoch": epoch, "dev_ndcg@10": value})
         terminal.say(f"       epoch {epoch:g}: dev nDCG@10 {value:.4f}" + ("" if epoch else " (before training)"))
         if not epoch and self.dev.from_start:
             _write(model.state_dict(), self.work / START)
         if value > self.best and (epoch or self.dev.from_start):
-            self.best, self.best_epoch = value, epoch
-            _write(model.state_dict(), self._best_file())
+            self._keep(model, self.last, epoch)
 
-    def average(self, model: Any, step: int, epoch: float) -> None:
-        """Score the average of the last epoch's weights and those from the start: half the way is often the better half."""
+    def _keep(self, model: Any, values: dict[str, float], epoch: float, averaged: bool = False) -> None:
+        self.best, self.best_epoch, self.averaged, self.best_values = metrics.mean(values), epoch, averaged, values
+        _write(model.state_dict(), self._best_file())
+
+    def choose(self, model: Any, step: int, epoch: float) -> None:
+        """Between the last epoch, whatever was best before it, and the average of its weights and those from the start. A few
+        dozen queries measure little: the last epoch stays unless another is better by more than a standard error."""
         if self.dev is None or not self.dev.from_start:
             return
-        start, last = load_file(self.work / START), model.state_dict()
+        start, last = load_file(self.work / START), {name: tensor.clone() for name, tensor in model.state_dict().items()}
         floats = {name for name, tensor in last.items() if tensor.is_floating_point()}
         model.load_state_dict({n: (t.cpu() + start[n]) / 2 if n in floats else t for n, t in last.items()})
-        value = self.dev(model)
-        self.add(step, {"epoch": epoch, "dev_ndcg@10_of_average": value})
-        terminal.say(f"       average of epoch {epoch:g} and the start: dev nDCG@10 {value:.4f}")
-        if value > self.best:
-            self.best, self.best_epoch, self.averaged = value, epoch, True
-            _write(model.state_dict(), self._best_file())
+        values = self.dev(model)
+        self.add(step, {"epoch": epoch, "dev_ndcg@10_of_average": metrics.mean(values)})
+        terminal.say(f"       average of epoch {epoch:g} and the start: dev nDCG@10 {metrics.mean(values):.4f}")
+        if metrics.mean(values) > self.best:
+            self._keep(model, values, epoch, averaged=True)
+        model.load_state_dict(last)
+        gain = np.array([self.best_values[query] - self.last[query] for query in self.last])
+        error = gain.std(ddof=1) / len(gain) ** 0.5 if len(gain) > 1 else np.inf
+        if 0 < gain.mean() <= error:
+            terminal.say(f"note:  {self.best_name} is better by {gain.mean():.4f}, within a standard error: the last epoch stays")
+            self._keep(model, self.last, epoch)
 
     def _best_file(self) -> Path:
         return self.work / f"best-{self.best_epoch:g}{'-average' if self.averaged else ''}.safetensors"

@@ -243,7 +243,7 @@ def train(
                 score(done)
     if not first:
         return
-    journal.average(model, total, round(total / per_epoch, 4))
+    journal.choose(model, total, round(total / per_epoch, 4))
     journal.close()
     journal.restore_best(model)
     draw(journal.rows, work / "loss.png", title)
