@@ -2,15 +2,20 @@
 
 import json
 import math
+import os
 import random
 import re
+import shutil
+import signal
+import subprocess
+import sys
 import time
 from collections import Counter
 from dataclasses import replace
 
 import pytest
-from conftest import write_jsonl
-from llm_lab import COMPARISON, prompt_of, retrieve, rows
+from conftest import ROOT, make_dataset, write_jsonl
+from llm_lab import COMPARISON, LAUNCHER, prompt_of, retrieve, rows, wait_for
 from llm_server import Answer, LLMServer, failure, said
 
 from syntriever.files import paths
@@ -448,6 +453,39 @@ def test_a_file_that_was_cut_anywhere_is_completed_without_a_request(lab, run):
             assert graded() == expected
             assert len(rows(paths.judgements("e5", "tiny"))) == 5
     assert not server.requests
+
+
+def test_killed_at_random_moments_it_ends_in_the_same_rows(lab, run):
+    made = [(f"p{n:03}", f"Which is topic {n}?", f"Passage number {n} is about topic {n}.") for n in range(250)]
+    shutil.rmtree(lab / "datasets" / "tiny")
+    make_dataset(lab / "datasets" / "tiny", made)
+    found = [{"id": f"p{n:03}", "score": 1.0} for n in range(250)]
+    top = [{"query_id": f"q-p{n:03}", "query": f"Which is topic {n}?", "passages": found[n : n + 8]} for n in range(150)]
+    write_jsonl(paths.top("e5", "tiny"), top)
+    ledger, rng, kills, concurrency = paths.comparison_ledger("tiny"), random.Random(5), 6, 8
+    with LLMServer(good) as server:
+        run(server, COMPARISON, "--graded")
+        calm = graded()
+        for path in (paths.judgements("e5", "tiny"), ledger):
+            path.unlink()
+        server.requests.clear()
+        server.latency = 0.03
+        command = [sys.executable, "-c", LAUNCHER, ROOT / COMPARISON, "tiny", "--model", "e5", "--graded", "--llm", "judge"]
+        command, pipe = [*command, "--base-url", server.url, "--concurrency", str(concurrency)], subprocess.PIPE
+        with subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, text=True, bufsize=1) as launcher:
+            for _ in range(kills):
+                target = (ledger.stat().st_size if ledger.exists() else 0) + rng.randint(1, 5_000)
+                launcher.stdin.write("\n")
+                process = int(launcher.stdout.readline())
+                wait_for(lambda size=target: ledger.exists() and ledger.stat().st_size >= size)
+                os.killpg(process, signal.SIGKILL)
+                assert int(launcher.stdout.readline()) == -signal.SIGKILL
+            launcher.stdin.close()
+        assert len(rows(ledger)) < 150
+        run(server, COMPARISON, "--graded")
+    assert graded() == calm
+    assert len(rows(paths.judgements("e5", "tiny"))) == len({row["key"] for row in rows(ledger)}) == len(rows(ledger)) == 150
+    assert len(server.requests) <= 150 + kills * concurrency
 
 
 def test_the_order_shown_is_stable():
