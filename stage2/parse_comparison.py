@@ -17,7 +17,7 @@ import hashlib
 import itertools
 import random
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ from syntriever.data.corpus import Corpus
 from syntriever.encode import models
 from syntriever.errors import BadInput
 from syntriever.files import jsonl, paths
-from syntriever.llm import asking, grading, teachers
+from syntriever.llm import asking, grading, judging, teachers
 from syntriever.llm.ledger import Request
 from syntriever.llm.rows import append_rows, check_failures
 from syntriever.report import grades, judge
@@ -129,6 +129,36 @@ async def compare(asker: asking.Asker, pair: Pair, query: str, corpus: Corpus, b
     return {"preferred_id": winner, "rejected_id": pair.second if winner == pair.first else pair.first, **row}
 
 
+class Pairwise:
+    """Compares passages of a query in pairs: one row a pair."""
+
+    unit, units, made = "pair", "pairs", "preferences"
+    inputs: tuple[Path, ...] = ()
+
+    def __init__(self, args: argparse.Namespace, corpus: Corpus) -> None:
+        self._args, self._corpus = args, corpus
+        self.settings = {name: getattr(args, name) for name in ("llm", "k", "pairs", "both_orders", "seed")}
+        prompt = lineage.text_sha256([PROMPT, MAX_PASSAGE_CHARACTERS])[:12]
+        self.settings |= {"prompt": prompt, "temperature": TEMPERATURE}
+
+    def begin(self, settings: dict[str, Any], leave_out: Path | None) -> None:
+        pass
+
+    def items(self, row: jsonl.Row) -> list[Pair]:
+        """The pairs of one query that are compared: of its top passages with different texts."""
+        different = itertools.islice(self._corpus.distinct(passage["id"] for passage in row["passages"]), self._args.k)
+        return choose_pairs(row["query_id"], list(different), self._args.pairs, self._args.seed)
+
+    def key(self, item: Pair) -> str:
+        return str(item)
+
+    def key_of(self, row: jsonl.Row) -> str:
+        return str(Pair(row["query_id"], *row["shown"]))
+
+    async def judge(self, asker: asking.Asker, item: Pair, query: str) -> jsonl.Row:
+        return await compare(asker, item, query, self._corpus, self._args.both_orders, self._args.verdict_max_tokens)
+
+
 def load_top(path: Path, k: int | None, limit: int | None, seed: int) -> tuple[jsonl.Table, list[str]]:
     """(rows of the retrieval file by query id, ids of `limit` queries of a seeded shuffle); each row has `k` passages."""
 
@@ -142,43 +172,35 @@ def load_top(path: Path, k: int | None, limit: int | None, seed: int) -> tuple[j
     return top, chosen[:limit]
 
 
-def pairs_of(row: jsonl.Row, corpus: Corpus, args: argparse.Namespace) -> list[Pair]:
-    """The pairs of one query that are compared: of its top passages with different texts."""
-    different = itertools.islice(corpus.distinct(passage["id"] for passage in row["passages"]), args.k)
-    return choose_pairs(row["query_id"], list(different), args.pairs, args.seed)
+def in_pairs(row: jsonl.Row, corpus: Corpus, args: argparse.Namespace) -> tuple[int, float]:
+    """(requests, prompt tokens) that it takes to judge in pairs what a row of grades shows. The tokens are estimated: as many
+    a character as the row's own."""
+    query, texts = row["query"], {passage: corpus.by_id(passage) for passage in row["shown"]}
+    if not texts:
+        return 0, 0.0
+    pairs = choose_pairs(row["query_id"], row["shown"], args.pairs, args.seed)
+    asked = grading.requests_for(query, texts, row["shown"], 0, args.both_orders, args.pointwise)
+    written = sum(len(request_for(pair, query, texts[pair.first], texts[pair.second]).prompt) for pair in pairs)
+    tokens = row["prompt_tokens"] * written / sum(len(request.prompt) for request in asked)
+    return (2 * len(pairs), 2 * tokens) if args.both_orders else (len(pairs), tokens)
 
 
-def candidates_of(row: jsonl.Row, corpus: Corpus, k: int, source: str | None) -> list[str]:
-    """The passages of one query that are graded: its top ones with different texts, and the one that it was written from."""
-    found = list(itertools.islice(corpus.distinct(passage["id"] for passage in row["passages"]), k))
-    if source and (first := corpus.first_id(source)) not in found:
-        found[k - 1 :] = [first]
-    return found
-
-
-def graded_before(output: Path, ds: str, judge_is: dict[str, Any]) -> list[jsonl.Table]:
-    """What the same judge said of the candidates of other models."""
-    others = [path for path in sorted(output.parent.glob(f"*_{ds}_judgements.jsonl")) if path != output]
-    return [jsonl.Table(path, "query_id", {"grades": dict}) for path in others if _judge_of(path) == judge_is]
-
-
-def _judge_of(path: Path) -> dict[str, Any]:
-    made = (lineage.load_record(path) or {}).get("settings", {})
-    return {name: made.get(name) for name in ("llm", *grading.settings(False, False))}
-
-
-def report_on(output: Path, gold: dataset.Qrels, corpus: Corpus, title: str, args: argparse.Namespace) -> None:
+def report_on(output: Path, gold: dataset.Qrels, corpus: Corpus, top: jsonl.Table, title: str, args: argparse.Namespace) -> None:
     """Write and print what the verdicts or grades in `output` and in its failed file are worth. `gold` is by text."""
     files = [path for path in (output, paths.failed(output)) if path.is_file()]
     rows = itertools.chain.from_iterable(map(jsonl.read, files))
-    by_text: Iterable[jsonl.Row]
+    made_of: Any = grades if args.graded else judge
+
+    def ranked(query: str) -> list[str]:
+        return judging.candidates_of(top.get(query) or {"passages": []}, corpus, args.k)
+
     if args.graded:
-        found = grades.report(rows, gold, args.pairs)
+        found = grades.report(rows, gold, ranked, lambda row: in_pairs(row, corpus, args), grading.RELEVANT)
     else:
         pair = ("preferred_id", "rejected_id")
-        by_text = ({**row, **{name: corpus.first_id(row[name]) for name in pair if name in row}} for row in rows)
-        found = judge.report(by_text, gold)
-    made_of = grades if args.graded else judge
+        found = judge.report(
+            ({**row, **{name: corpus.first_id(row[name]) for name in pair if name in row}} for row in rows), gold
+        )
     jsonl.write_json(paths.report(output, ".json"), found)
     made_of.draw(found, paths.report(output, ".png"), title)
     terminal.say(f"judge  {paths.shown(paths.report(output, '.json'))} and .png")
@@ -201,7 +223,7 @@ def main(args: argparse.Namespace) -> None:
         fuse = ["--fuse"] if args.graded else []
         command = terminal.command("retrieval.py", args.model, ds, *fuse, name=args.name, top_k=args.top_k, queries=args.queries)
         raise BadInput(f"{paths.shown(source)} is not there. Run: {command}")
-    top, chosen = load_top(source, None if args.graded else args.k, args.limit, args.seed)
+    top, chosen = load_top(source, args.k, args.limit, args.seed)
     args.k = args.k or (8 if args.graded else 5)
     forced = lineage.check_fresh([source], args.force)
     # Read before anything is paid, for the report at the end.
@@ -211,76 +233,51 @@ def main(args: argparse.Namespace) -> None:
     args.llm = teachers.default_llm(args.dataset, args.llm, args.base_url)
     teacher = teachers.make_teacher(args.llm, args.dataset, output, args)
     ledger = args.ledger or paths.comparison_ledger(args.dataset)
-    settings = {name: getattr(args, name) for name in ("llm", "k", "both_orders", "seed")}
-    if args.graded:
-        settings |= grading.settings(args.both_orders, args.pointwise)
-        judge_is = {name: settings[name] for name in ("llm", *grading.settings(False, False))}
-        before = graded_before(output, args.dataset, judge_is)
-        counted, unit, keys = "queries", "query", ("query_id",)
-    else:
-        prompt = lineage.text_sha256([PROMPT, MAX_PASSAGE_CHARACTERS])[:12]
-        settings |= {"pairs": args.pairs, "prompt": prompt, "temperature": TEMPERATURE}
-        counted, unit, keys = "pairs", "pair", ("query_id", "shown")
+    how: Any = judging.Graded(args, corpus, train, teacher) if args.graded else Pairwise(args, corpus)
 
     async def work(asker: asking.Asker, item: tuple[Any, str]) -> jsonl.Row:
-        what, query = item
-        if not args.graded:
-            return {**await compare(asker, what, query, corpus, args.both_orders, args.verdict_max_tokens), "llm": args.llm}
-        row = top.get(what) or {}
-        candidates = candidates_of(row, corpus, args.k, train.sources.get(what))
-        old = grading.carried(filter(None, (table.get(what) for table in before)), candidates)
-        texts = {passage: corpus.by_id(passage) for passage in candidates if passage not in old["grades"]}
-        how = (args.seed, args.verdict_max_tokens, args.both_orders, args.pointwise)
-        made = await grading.grade(asker, query, texts, *how) if texts else {"grades": {}, "shown": []}
-        return {"query_id": what, "query": query, **grading.joined(made, old, candidates), "llm": args.llm}
+        return {**await how.judge(asker, *item), "llm": args.llm}
 
     with processes.lock(output, args.dry_run), processes.lock(ledger, args.dry_run):
         record = lineage.Record(args, forced)
-        record.reads(source, corpus.path)
-        done = jsonl.Seen()
-        if record.resumes(output, settings, args.force, args.dry_run):
-            made = jsonl.read(output, {"query_id": str, "shown": list}, torn=args.dry_run)
-            done = jsonl.Seen(key_of(*(row[name] for name in keys)) for row in made)
+        record.reads(source, corpus.path, *how.inputs)
+        done, resumed = jsonl.Seen(), record.resumes(output, how.settings, args.force, args.dry_run)
+        if resumed:
+            done = jsonl.Seen(map(how.key_of, jsonl.read(output, {"query_id": str, "shown": list}, torn=args.dry_run)))
+        how.begin(record.settings, output if resumed else None)
 
         def wanted() -> Iterator[tuple[Any, str]]:
             for row in filter(None, map(top.get, chosen)):
-                if args.graded:
-                    yield row["query_id"], row["query"]
-                else:
-                    yield from ((pair, row["query"]) for pair in pairs_of(row, corpus, args))
+                yield from ((item, row["query"]) for item in how.items(row))
 
         every = todo = 0
-        for what, _ in wanted():
-            every, todo = every + 1, todo + (key_of(what) not in done)
+        for item, _ in wanted():
+            every, todo = every + 1, todo + (how.key(item) not in done)
         if not every:
-            raise BadInput(f"{paths.shown(source)}: no query has two passages with different texts to compare")
+            raise BadInput(
+                f"{paths.shown(source)}: no query has {'a passage' if args.graded else 'two passages with different texts'}"
+            )
         if not args.graded and (short := min(args.pairs, args.k * (args.k - 1) // 2) * len(chosen) - every):
             terminal.say(f"note:  {short:,} pairs fewer: of some queries fewer than {args.k} different texts were retrieved")
         terminal.say(
-            f"read   top {args.k} of {len(chosen):,} queries: {every:,} {counted}, {every - todo:,} done, {todo:,} to ask"
+            f"read   top {args.k} of {len(chosen):,} queries: {every:,} {how.units}, {every - todo:,} done, {todo:,} to ask"
         )
-        pending = (item for item in wanted() if key_of(item[0]) not in done)
-        counts, used = append_rows(output, ledger, pending, todo, work, teacher, args, unit=unit)
+        pending = (item for item in wanted() if how.key(item[0]) not in done)
+        counts, used = append_rows(output, ledger, pending, todo, work, teacher, args, unit=how.unit)
         if args.dry_run:
             return
-        what = "graded queries" if args.graded else "preferences"
-        terminal.say(f"wrote  {paths.shown(output)}: {counts['written']:,} new {what} of {len(done) + counts['written']:,}")
+        terminal.say(f"wrote  {paths.shown(output)}: {counts['written']:,} new {how.made} of {len(done) + counts['written']:,}")
         for reason, words in (("tie", "ties"), ("disagreement", "verdicts that depend on the order")):
             if counts[reason]:
                 terminal.say(f"       {counts[reason]:,} {words}, kept apart in {paths.shown(paths.failed(output))}")
         if counts["not_recorded"]:
-            terminal.say(f"       {counts['not_recorded']:,} {counted} have no recorded verdict; they are left out")
-        report_on(output, gold, corpus, f"{args.llm} on {args.dataset}, top {args.k} of {ref.name}", args)
+            terminal.say(f"       {counts['not_recorded']:,} {how.units} have no recorded verdict; they are left out")
+        report_on(output, gold, corpus, top, f"{args.llm} on {args.dataset}, top {args.k} of {ref.name}", args)
         check_failures(counts, len(done), output, args.max_failure_rate)
         record.write(output, **counts, **used)
     script = "train_stage2.py" if models.is_own(args.model) or not args.graded else "train_stage1.py"
-    kept = {"judgements": "llm" if args.graded else None, "queries": args.queries}
-    terminal.next_command(script, args.model, ds, name=args.name, **kept)
-
-
-def key_of(what: Pair | str, shown: list[str] | None = None) -> str:
-    """What tells an item from others: a query, or a query and the pair that was shown."""
-    return str(Pair(str(what), *shown) if shown else what)
+    judgements = "llm" if args.graded else None
+    terminal.next_command(script, args.model, ds, name=args.name, judgements=judgements, queries=args.queries)
 
 
 if __name__ == "__main__":

@@ -52,6 +52,28 @@ def test_synthesis_and_comparison_and_nothing_is_asked_twice(home, url, docstrin
     assert len(ledger(paths.comparison_ledger("tiny"))) == 3
 
 
+def test_grades_by_schema_and_log_odds(home, url, docstrings, run_script, monkeypatch):
+    """The schema holds the model to a grade for each passage; its first word has probabilities."""
+    monkeypatch.setenv("no_proxy", "*")
+    source, ids = paths.top("minilm", "tiny"), [i for i, *_ in docstrings[:2]]
+    source.parent.mkdir(parents=True)
+    top = [{"id": i, "score": 1.0} for i in ids]
+    source.write_bytes(jsonl.dumps({"query_id": f"q-{docstrings[0][0]}", "query": docstrings[0][1], "passages": top}))
+    command = ["stage2/parse_comparison.py", "tiny", "--model", "minilm", "--graded", "--k", "2", *GIVEN, "--base-url", url]
+    code, out, err = run_script(*command)
+    assert code == 0, err
+    (row,) = ledger(paths.judgements("minilm", "tiny"))
+    assert list(row["grades"]) == ids
+    assert set(row["grades"].values()) <= {0, 1, 2, 3}
+    (reply,) = ledger(paths.comparison_ledger("tiny"))
+    assert json.loads(reply["text"]).keys() == {"1", "2"}
+    code, out, err = run_script(*command, "--pointwise", "--force")
+    assert code == 0, err
+    asked = [reply for reply in ledger(paths.comparison_ledger("tiny"))[1:] if not reply["reason"]]
+    assert asked
+    assert all(reply["text"].lower().startswith("yes" if reply["log_odds"] > 0 else "no") for reply in asked)
+
+
 def test_what_the_server_says_of_a_prompt_that_is_too_long(home, url, docstrings, run_script, monkeypatch):
     monkeypatch.setenv("no_proxy", "*")
     (home / "datasets" / "tiny_synthetic.jsonl").unlink()

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -613,6 +614,9 @@ def test_local_verdicts_are_choices_and_batches_change_nothing(tiny_llm):
     assert all(reply.text in r.choices and not reply.reason for r, reply in zip(mixed, together, strict=True) if r.choices)
     assert [reply.prompt_tokens for reply in together[:6]] == [len(prompt.split()) + 2 for prompt in TEXTS]
     assert together == ask_local(tiny_llm, mixed, batch_size=1)
+    soft = ask_local(tiny_llm, [replace(request, logprobs=True) for request in mixed[6:12]])
+    assert [reply.text for reply in soft] == ["yes" if reply.log_odds > 0 else "no" for reply in soft]
+    assert [replace(reply, log_odds=None) for reply in soft] == together[6:12]
 
 
 def test_local_sampling_follows_the_seed_and_ends_at_the_limit(tiny_llm):

@@ -59,10 +59,10 @@ class Asker:
             self._in_flight[key].add_done_callback(lambda _: self._in_flight.pop(key))
         return await self._in_flight[key]
 
-    async def ask_all(self, requests: Iterable[Request]) -> list[Reply]:
-        """Replies to several requests at once, verdicts to those with choices. All are waited for,
+    async def ask_all(self, requests: Iterable[Request], reminder: str = "") -> list[Reply]:
+        """Replies to several requests at once, verdicts to those with choices or a grammar. All are waited for,
         and so recorded, before an error of one is raised."""
-        asked = (self.ask_verdict(request) if request.choices else self.ask(request) for request in requests)
+        asked = (self.ask_verdict(r, reminder) if r.choices or r.usable else self.ask(r) for r in requests)
         replies = await asyncio.gather(*asked, return_exceptions=True)
         for reply in replies:
             if isinstance(reply, BaseException):

@@ -5,12 +5,13 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-from syntriever.errors import Failed
-from syntriever.llm import asking, verdicts
-from syntriever.llm.ledger import Request
+from syntriever.llm import asking
+from syntriever.llm.ledger import GRADES, Request
+from syntriever.llm.replies import Reply
+from syntriever.llm.verdicts import parse_verdict
 from syntriever.run import lineage
 
 # ------------------------------------------------------------------------ edit here: the prompts
@@ -34,17 +35,25 @@ POINTWISE = (
 )
 TEMPERATURE = 0.0
 MAX_PASSAGE_CHARACTERS = 3000  # a longer passage is cut here, for the judge only
+TOKENS_A_GRADE = 12  # that a reply may have, beside those of a verdict
 
 # -----------------------------------------------------------------------------------------------
 
-GRADES = range(4)
 RELEVANT = 2  # grade from which a passage counts as judged relevant
 
+_NOUN = r"(?:passage|document|doc|candidate|result|text|number|no\.?)"
 _LINE = re.compile(
-    r"\W*(?:passage|document|no\.?|number)?\W*(\d+)[\s*_)\]]*(?::|=|->|→|-|–|—)[\s*_]*(?:grade[\s:*_]*)?([0-3])(?![\d/.-]\d?)(.*)",
+    rf"[-•>+|\s]*(?:\d{{1,3}}[.)]\s+(?={_NOUN}))?(?:{_NOUN}\s*)?[\[(]?([0-9]{{1,3}})[\])]?\s*(?:[:=|→–—]|[-=]>|-\s|[.)]\s)\s*"
+    r"(?:(?:grade|score|rating)\s*[:=]?\s*)?([0-3])(?![\w/]|[.,-]\d)(.*)",
     re.I,
 )
-_NAME = re.compile(r"(?:passage|document)?[ _]*(\d+)", re.I)
+# What may follow a grade: nothing, or a remark without a number that does not take the grade back.
+_REMARK = re.compile(r"[\s.;,|)]*|\s*(?:[(,;|]|[-–—:.]\s)\D*")
+_HEDGE = re.compile(r"\W*or\b|.*(?:\?|\b(?:maybe|perhaps|possibly|between|higher|lower|unsure|not sure)\b)", re.I)
+_MARKS = re.compile(r"[*_`#\"“”]+")
+_FENCED = re.compile(r"[^\d`]*```\w*\n(.*?)\n?```[^\d`]*", re.S)
+_JSON = re.compile(r"[^\d{\[]*([{\[].*[}\]])[^\d}\]]*", re.S)
+_NAME = re.compile(rf"{_NOUN}?[ _]*([0-9]{{1,3}})", re.I)
 
 
 def settings(both_orders: bool, pointwise: bool) -> dict[str, Any]:
@@ -55,32 +64,50 @@ def settings(both_orders: bool, pointwise: bool) -> dict[str, Any]:
 
 
 def parse(text: str, count: int) -> list[int] | None:
-    """The grades of passages 1 to `count`, from JSON or lines; None where one is missing, said twice, or no grade."""
-    text = verdicts.unfenced(text)
-    pairs: list[tuple[Any, Any]] = []
-    if text.startswith(("{", "[")) and not re.match(r"\[\d+\]\W*[:=-]", text):
-        try:
-            found: Any = json.loads(text, object_pairs_hook=list)  # pairs, to see a number that stands there twice
-        except (ValueError, RecursionError):
-            return None
-        while len(found) == 1 and isinstance(found[0], tuple | list) and len(found[0]) == 2 and isinstance(found[0][1], list):
-            found = found[0][1]  # {"grades": ...}
-        numbered = all(isinstance(each, tuple) for each in found)
-        pairs = found if numbered else list(enumerate(found, 1))
-        names = [_NAME.fullmatch(str(name)) for name, _ in pairs]
-        if not all(names) or not all(isinstance(grade, int) and not isinstance(grade, bool) for _, grade in pairs):
-            return None
-        pairs = [(int(name[1]), grade) for name, (_, grade) in zip(names, pairs, strict=True) if name]
-    else:
-        for line in text.splitlines():
-            match = _LINE.fullmatch(line)
-            if match and not re.search(r"\d\W*[:=]", match[3]):
-                pairs.append((int(match[1]), int(match[2])))
-            elif re.search(r"\d", line):
-                return None
-    if sorted(number for number, _ in pairs) != list(range(1, count + 1)) or any(grade not in GRADES for _, grade in pairs):
+    """The grades of passages 1 to `count`, from JSON or lines; None where one is missing, said twice, in doubt, or no grade."""
+    text = text.strip()
+    if fenced := _FENCED.fullmatch(text):
+        text = fenced[1].strip()
+    pairs = _from_json(text) if _JSON.fullmatch(text) else None
+    pairs = _from_lines(text) if pairs is None else pairs
+    if not pairs and count == 1 and (alone := parse_verdict(text, tuple(map(str, GRADES)))):
+        pairs = [(1, int(alone))]
+    found = dict(pairs or ())
+    if len(found) != len(pairs or ()) or found.keys() != set(range(1, count + 1)):
         return None
-    return [grade for _, grade in sorted(pairs)]
+    return [found[number] for number in range(1, count + 1)]
+
+
+def _from_lines(text: str) -> list[tuple[int, int]] | None:
+    """(number, grade) of each line; None where a number stands in a line of another form."""
+    pairs = []
+    for line in _MARKS.sub("", text).split("\n"):
+        match = _LINE.fullmatch(line.strip())
+        if match and _REMARK.fullmatch(match[3]) and not _HEDGE.match(match[3]):
+            pairs.append((int(match[1]), int(match[2])))
+        elif re.search(r"\d", line):
+            return None
+    return pairs
+
+
+def _from_json(text: str) -> list[tuple[int, int]] | None:
+    """(number, grade) of each passage in {"1": 3, ...}, [3, ...] or [{"passage": 1, "grade": 3}, ...], also as the only field
+    of an object; empty where it is another JSON, None where it is none."""
+    try:
+        found: Any = json.loads(_JSON.fullmatch(text)[1], object_pairs_hook=tuple)  # type: ignore[index]
+    except (ValueError, RecursionError):
+        return None
+    # An object is a tuple of pairs: a name that stands there twice is seen.
+    while isinstance(found, tuple) and len(found) == 1 and isinstance(found[0][1], list | tuple):
+        found = found[0][1]
+    if isinstance(found, list):
+        rows = [dict(each) if isinstance(each, tuple) else {} for each in found]
+        found = (
+            list(enumerate(found, 1)) if not all(rows) else [(r.get("passage", r.get("number")), r.get("grade")) for r in rows]
+        )
+    names = [_NAME.fullmatch(str(name)) for name, _ in found]
+    plain = all(isinstance(grade, int) and not isinstance(grade, bool) and grade in GRADES for _, grade in found)
+    return [(int(name[1]), grade) for name, (_, grade) in zip(names, found, strict=True) if name] if plain and all(names) else []
 
 
 def order_shown(query: str, ids: Sequence[str], seed: int) -> list[str]:
@@ -94,12 +121,30 @@ def cut(text: str) -> str:
 
 def request_for(query: str, ids: Sequence[str], texts: Sequence[str], max_tokens: int) -> Request:
     """Request that shows all passages in this order."""
+    texts = [cut(text) for text in texts]
     fence = asking.fence(query, *texts)
     listed = "\n\n".join(f"Passage {number}:\n<{fence}>\n{text}\n</{fence}>" for number, text in enumerate(texts, 1))
     prompt = asking.fill(PROMPT, query=query, fence=fence, passages=listed) + _grammar(len(ids))
     fields = tuple(str(number) for number in range(1, len(ids) + 1))
-    limit = max_tokens + 12 * len(ids)
+    limit = max_tokens + TOKENS_A_GRADE * len(ids)
     return Request("grade", (query, *ids), prompt, TEMPERATURE, limit, usable=lambda text: parse(text, len(ids)), fields=fields)
+
+
+def pointwise_request_for(query: str, passage: str, text: str, max_tokens: int) -> Request:
+    """Request that asks whether one passage answers the query."""
+    text = cut(text)
+    prompt = asking.fill(POINTWISE, query=query, fence=asking.fence(query, text), passage=text)
+    return Request("grade", (query, passage), prompt, TEMPERATURE, max_tokens, ("yes", "no"), logprobs=True)
+
+
+def requests_for(
+    query: str, texts: dict[str, str], shown: Sequence[str], max_tokens: int, both_orders: bool, pointwise: bool
+) -> list[Request]:
+    """All requests of a query for passages {id: text}, `shown` in this order, with `both_orders` in the reverse, too."""
+    if pointwise:
+        return [pointwise_request_for(query, passage, texts[passage], max_tokens) for passage in shown]
+    orders = [shown, shown[::-1]] if both_orders and len(shown) > 1 else [shown]
+    return [request_for(query, ids, [texts[passage] for passage in ids], max_tokens) for ids in orders]
 
 
 def _grammar(count: int) -> str:
@@ -116,62 +161,36 @@ async def grade(
     pointwise: bool = False,
 ) -> dict[str, Any]:
     """{"grades": {passage id: 0 to 3}, "shown": ids in the order shown, ...} of passages {id: text}, in their order, or a
-    "reason" why there are none. With `both_orders` the means of two permutations, of which one is the other's reverse."""
+    "reason" why there are none. With `both_orders` the means of two permutations, of which one is the other's reverse;
+    "raw" has the grades of each, in the order in which it shows them."""
     if recorded := getattr(asker.teacher, "grades", None):
         grades = recorded(query, list(texts))
-        return {"grades": grades, "shown": []} if grades else {"reason": "not_recorded"}
+        return {"grades": grades, "shown": [], "not_recorded": len(texts) - len(grades)} if grades else {"reason": "not_recorded"}
     shown = order_shown(query, list(texts), seed)
+    requests = requests_for(query, texts, shown, max_tokens, both_orders, pointwise)
+    replies = await asker.ask_all(requests, "" if pointwise else _grammar(len(shown)))
+    tokens = {name: sum(getattr(reply, name) for reply in replies) for name in ("prompt_tokens", "completion_tokens")}
+    for reply in replies:
+        if reply.reason:
+            return {"shown": shown, "replies": [reply.text for reply in replies], **_failure(reply)}
     if pointwise:
-        return await _one_by_one(asker, query, {passage: cut(texts[passage]) for passage in shown}, max_tokens)
-    orders = [shown, shown[::-1]] if both_orders and len(shown) > 1 else [shown]
-    replies = [
-        await asker.ask_verdict(request_for(query, ids, [cut(texts[p]) for p in ids], max_tokens), _grammar(len(ids)))
-        for ids in orders
-    ]
-    row = {"shown": shown, "replies": [reply.text for reply in replies]}
-    for reply in replies:
-        if reply.reason:
-            return {**row, **reply.failure()}
-    given = [dict(zip(ids, parse(reply.text, len(ids)) or (), strict=True)) for ids, reply in zip(orders, replies, strict=True)]
-    grades = {passage: sum(each[passage] for each in given) / len(given) for passage in texts}
-    return {"grades": grades, **row, **_tokens(replies)}
+        return {**_by_odds(dict(zip(shown, replies, strict=True)), list(texts)), "shown": shown, **tokens}
+    raw = [parse(reply.text, len(shown)) or [] for reply in replies]
+    orders = [dict(zip(request.item[1:], given, strict=True)) for request, given in zip(requests, raw, strict=True)]
+    grades = {passage: sum(order[passage] for order in orders) / len(orders) for passage in texts}
+    return {"grades": grades, "shown": shown, "raw": raw, **tokens}
 
 
-def carried(rows: Iterable[dict[str, Any]], candidates: Sequence[str]) -> dict[str, dict[str, float]]:
-    """What earlier rows of a query say of these candidates: {"grades": ..., "log_odds": ...}."""
-    found: dict[str, dict[str, float]] = {"grades": {}, "log_odds": {}}
-    for row in rows:
-        for name, of_name in found.items():
-            of_name |= {passage: row[name][passage] for passage in candidates if passage in row.get(name, {})}
-    return found
-
-
-def joined(made: dict[str, Any], old: dict[str, dict[str, float]], candidates: Sequence[str]) -> dict[str, Any]:
-    """A new row with the grades of earlier ones, in the order of the candidates; a failed one stays as it is."""
-    if "reason" in made:
-        return made
-    for name, of_name in old.items():
-        if every := of_name | made.get(name, {}):
-            made[name] = {passage: every[passage] for passage in candidates if passage in every}
-    return {**made, "carried": len(old["grades"])}
-
-
-async def _one_by_one(asker: asking.Asker, query: str, texts: dict[str, str], max_tokens: int) -> dict[str, Any]:
-    """A grade of 3 * p(yes) for each passage, and the log-odds of its yes, from the probabilities of the first word."""
-    requests = []
-    for passage, text in texts.items():
-        prompt = asking.fill(POINTWISE, query=query, fence=asking.fence(query, text), passage=text)
-        requests.append(Request("grade", (query, passage), prompt, TEMPERATURE, max_tokens, ("yes", "no"), logprobs=True))
-    replies = await asker.ask_all(requests)
-    for reply in replies:
-        if reply.log_odds is None and reply.finish_reason and not reply.reason:
-            raise Failed("--pointwise: this server sends no probabilities (logprobs); leave it out")
-        if reply.reason:
-            return {"shown": list(texts), **reply.failure()}
-    odds = {passage: round(reply.log_odds or 0.0, 4) for passage, reply in zip(texts, replies, strict=True)}
+def _by_odds(replies: dict[str, Reply], ids: list[str]) -> dict[str, Any]:
+    """A grade of 3 * p(yes) for each passage, and the log-odds of its yes."""
+    if any(reply.log_odds is None for reply in replies.values()):
+        return {"reason": "unparsable", "message": "neither yes nor no is among the likely first words"}
+    odds = {passage: round(replies[passage].log_odds or 0.0, 4) for passage in ids}
     grades = {passage: round(GRADES[-1] / (1 + math.exp(-value)), 4) for passage, value in odds.items()}
-    return {"grades": grades, "log_odds": odds, "shown": list(texts), **_tokens(replies)}
+    return {"grades": grades, "log_odds": odds}
 
 
-def _tokens(replies: Sequence[Any]) -> dict[str, int]:
-    return {name: sum(getattr(reply, name) for reply in replies) for name in ("prompt_tokens", "completion_tokens")}
+def _failure(reply: Reply) -> dict[str, Any]:
+    """What the row of a failure says; that the limit of its tokens is that of verdicts."""
+    made = reply.failure()
+    return {**made, "message": made["message"].replace(" --max-tokens", " --verdict-max-tokens")}

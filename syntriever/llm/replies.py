@@ -24,7 +24,7 @@ class Reply:
     attempts: int = 1
     message: str = ""
     thoughts: bool = False  # some were cut from the text
-    log_odds: float | None = None  # of yes against no as the first word, where the server says
+    log_odds: float | None = None  # of yes against no as the first word, where it was asked for and the server says
 
     def failure(self) -> dict[str, Any]:
         """What the row of a failure says of it."""
@@ -148,19 +148,24 @@ def read(completion: Any, prompt: str) -> Reply:
 
 
 def log_odds(logprobs: Any) -> float | None:
-    """Log-odds of yes against no at the first token that may be either, from the top log-probabilities of an OpenAI-compatible
-    server; what is not among these counts as the least of them. None where there is no such token."""
-    content = logprobs.get("content") if isinstance(logprobs, dict) else None
-    for token in content or ():
-        sums, least = {"yes": 0.0, "no": 0.0}, 1.0
-        for each in token.get("top_logprobs") or ():
-            word, probability = re.sub(r"\W+", "", str(each.get("token"))).lower(), math.exp(min(0.0, float(each["logprob"])))
-            least = min(least, probability)
-            if word in sums:
-                sums[word] += probability
-        if any(sums.values()):
-            yes, no = (max(value, least, 1e-12) for value in sums.values())
-            return math.log(yes / no)
+    """Log-odds of yes against no as the first word of the answer, thoughts left out, from the top log-probabilities of an
+    OpenAI-compatible server. Spellings of a word are added up; a word that is not listed counts as the least likely that is.
+    None where neither is listed, or nothing is."""
+    try:
+        places = [(str(place["token"]), place.get("top_logprobs") or ()) for place in logprobs["content"]]
+        text = "".join(token for token, _ in places)
+        answer = without_thoughts(text)[0]
+        first = re.search(r"\w", answer)
+        left = text.rindex(answer) + first.start() if first else len(text)
+        for token, top in places:
+            left -= len(token)
+            if left < 0:
+                listed = [(re.sub(r"\W+", "", str(each["token"])).lower(), math.exp(min(0.0, each["logprob"]))) for each in top]
+                yes, no = (math.fsum(p for word, p in listed if word == said) for said in ("yes", "no"))
+                least = max(min((p for _, p in listed), default=0.0), 1e-12)
+                return math.log((yes or least) / (no or least)) if yes or no else None
+    except (KeyError, TypeError, ValueError, AttributeError):
+        pass  # none, or of another shape
     return None
 
 

@@ -21,7 +21,7 @@ def default_llm(ds: str, wanted: str | None, base_url: str | None = None) -> str
     places = ("OPENAI_BASE_URL", "OPENAI_API_KEY", "AZURE_OPENAI_ENDPOINT")
     if base_url or any(map(os.environ.get, places)) or not paths.recorded(ds).is_dir():
         return "gpt-4o"
-    terminal.say(f"note:  OPENAI_API_KEY is not set; using the recorded answers that ship for {ds} (--llm replay)")
+    terminal.say(f"note:  OPENAI_API_KEY is not set; using the recorded answers for {ds} (--llm replay)")
     return "replay"
 
 
@@ -62,7 +62,7 @@ def add_options(parser: argparse.ArgumentParser, verdict_max_tokens: int | None)
     group.add_argument(
         "--llm",
         help="gpt-4o or any model of the server; replay (recorded answers); smollm2, hf:<Hub id> or a folder (runs here). "
-        "Default: gpt-4o, or replay where recorded answers ship with the dataset and OPENAI_API_KEY is not set",
+        "Default: gpt-4o, or replay where there are recorded answers for the dataset and OPENAI_API_KEY is not set",
     )
     group.add_argument("--base-url", help="OpenAI-compatible server, e.g. http://localhost:8000/v1 (default: OPENAI_BASE_URL)")
     group.add_argument(
