@@ -11,7 +11,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT, write_jsonl
+from conftest import ROOT, SFT, write_jsonl
 from llm_lab import prompt_of, rows
 from llm_server import LLMServer
 from test_llm_stages import wait_for
@@ -224,6 +224,44 @@ def test_an_answer_that_is_none_is_no_judgement(notes, judged):
     assert f"g{worst:02}" not in dataset.load_qrels("notes", "judged")
     assert "1 of " in out
     assert "queries have no judgement; they are left out" in out
+
+
+def test_replies_of_a_ledger_judge_again_what_they_judged(notes, judged):
+    """What the ledger lacks stays unjudged, is counted, and is not relevant."""
+    with LLMServer(reply=grader) as server:
+        judged(server, "bm25")
+    before = dataset.load_qrels("notes", "judged")
+    ledger = notes / "kept.jsonl"
+    replies = rows(paths.judged_ledger("notes"))
+    lost = replies.pop()["item"]
+    write_jsonl(ledger, replies)
+    for path in (paths.judged("notes"), paths.qrels("notes", "judged"), paths.run_json(paths.qrels("notes", "judged"))):
+        path.unlink()
+    out = judged(None, "bm25", "--llm", "replay:judge", "--ledger", ledger)
+    after = dataset.load_qrels("notes", "judged")
+    query = next(q for q in before if before[q] != after.get(q))
+    assert f"topic {query[1:]}?" in lost[0]
+    assert {q: found for q, found in before.items() if q != query} == {q: found for q, found in after.items() if q != query}
+    assert after.get(query, {}) == {p: g for p, g in before[query].items() if Corpus("notes").first_id(p) not in lost[1:]}
+    assert "1 requests have no recorded answer" in out
+    made = json.loads(paths.result("bm25", "notes", "judged", ".json").read_text())
+    top = {q: [p for p, _ in hits[:10]] for q, hits in bm25.run(Corpus("notes"), training.load("notes", None).reserved, 10)}
+    hits = [p in after[q] for q in after for p in top[q]]
+    assert made["unjudged"] == pytest.approx(1 - sum(hits) / len(hits))
+    assert made["unjudged"] > 0
+
+
+def test_the_model_card_says_who_judged(stage1, run_script, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-test")
+    with LLMServer(
+        reply=lambda body: "\n".join(f"{n}: {n % 4}" for n in range(1, prompt_of(body).count("Passage ") + 1))
+    ) as server:
+        given = ["--split", "judged", "--llm", "judge", "--base-url", server.url, *FAST]
+        code, _, err = run_script("evaluate.py", SFT, "tiny", "--ks", "1,10", *given)
+    assert code == 0, err
+    scores = [line for line in (stage1 / "README.md").read_text().splitlines() if line.startswith("| tiny | judged |")]
+    assert len(scores) == 5
+    assert all("judged by judge, an LLM" in line for line in scores)
 
 
 def test_a_limit_and_a_kill_in_the_middle_lose_and_repeat_nothing(lab, judged, run_script, monkeypatch):
