@@ -11,7 +11,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT, SFT, write_jsonl
+from conftest import ROOT, SFT, make_dataset, write_jsonl
 from llm_lab import prompt_of, rows
 from llm_server import LLMServer
 from test_llm_stages import wait_for
@@ -169,7 +169,9 @@ def test_a_later_model_has_only_its_new_passages_judged(notes, judged, tiny_enco
     out = judged(None, "bm25", tiny_encoder)  # nobody is asked: no key, no server
     assert " 0 to judge" in out
     assert "judged by an LLM (judge)" in out
+    assert " 0 to judge" in judged(None, "bm25")
     assert paths.qrels("notes", "judged").read_bytes() == before
+    assert lineage.load_record(paths.qrels("notes", "judged"))["results"]["pool"]["models"] == ["bm25", "e5-small-tiny"]
     assert "was 'judge' and is now 'other'" in judged(None, "bm25", "--llm", "other", code=2)
 
 
@@ -203,6 +205,13 @@ def test_no_queries_no_recorded_answers_and_options_of_a_judge(notes, judged, ru
     code, _, err = run_script("evaluate.py", "bm25", "notes", "--llm", "judge")
     assert (code, "--llm, --batch and --dry-run are for --split judged" in err) == (2, True)
     assert "no recorded answers ship for notes" in judged(None, "bm25", "--llm", "replay", code=2)
+    recorded = rows(paths.recorded("pydocs") / "preferences.jsonl")[0]["query"]
+    make_dataset(
+        paths.dataset("pydocs"), [(f"p{n:02}", f"{recorded} {n}" if n < 19 else recorded, f"Passage {n}") for n in range(20)]
+    )
+    assert "replay has judged no passage of any of the 4 queries of pydocs" in judged(
+        None, "bm25", "--llm", "replay", ds="pydocs", code=2
+    )
     with LLMServer(reply=grader) as server:
         out = judged(server, "bm25", "--dry-run")
         assert "estimate" in out

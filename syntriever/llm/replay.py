@@ -38,7 +38,7 @@ class ReplayTeacher:
                 return Reply(reason="not_recorded")
             return Reply("tie" if first == second else "1" if first < second else "2", finish_reason="stop")
         row = self._rows.get(query)
-        if row is None:
+        if row is None or request.step not in ("cot", "positive", "negative", "verify"):
             return Reply(reason="not_recorded")
         text = ("yes" if row["verified"] else "no") if request.step == "verify" else row[request.step]
         return Reply(text, finish_reason="stop")
