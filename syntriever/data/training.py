@@ -72,6 +72,13 @@ def load(ds: str, wanted: str | None, corpus: Corpus | None = None, strict: bool
     return made
 
 
+def reserved(ds: str) -> dict[str, str]:
+    """The queries that never train: the test set of `--split judged` where the dataset has no test split."""
+    made = Training()
+    _add_unjudged(made, ds, KINDS)
+    return made.reserved
+
+
 def default_judgements(ds: str, queries: str | None) -> str:
     """`gold` where the chosen training queries have gold judgements (or may have: the dataset is not downloaded yet)."""
     labels = paths.qrels(ds, "train").is_file() or not paths.dataset(ds).is_dir()

@@ -77,9 +77,8 @@ class Pool:
             self.queries, _ = dataset.load_split(ds, "test", strict=args.strict)
             self.files = [paths.queries(ds), paths.qrels(ds, "test")]
         else:
-            found = training.load(ds, "all", corpus, args.strict, say=False)
-            made_of = filter(Path.is_file, (paths.queries(ds), paths.generated(ds)))
-            self.queries, self.files = found.reserved, list(dict.fromkeys([*found.files, *made_of]))
+            self.queries = training.reserved(ds)
+            self.files = list(filter(Path.is_file, (paths.queries(ds), paths.generated(ds))))
         if not self.queries:
             command = terminal.command("datasets/generate_queries.py", download.as_typed(ds))
             ways = f"no {paths.shown(paths.qrels(ds, 'test'))}, and no query without judgements that could be kept from training"
