@@ -30,7 +30,7 @@ from syntriever.data.dataset import Hits
 from syntriever.encode import bm25, models
 from syntriever.errors import BadInput
 from syntriever.files import jsonl, paths
-from syntriever.llm import grading, pool, teachers
+from syntriever.llm import pool, teachers
 from syntriever.report import hub, metrics, page, pictures, tables
 from syntriever.report.metrics import Measures
 from syntriever.run import cli, lineage, options, processes, terminal
@@ -51,7 +51,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--push-to-hub", metavar="OWNER/NAME", help="upload the one checkpoint, with its scores, to the Hub")
     bm25.add_language(parser)
     options.add_encoding_options(parser)
-    teachers.add_options(parser, grading.MAX_TOKENS, f"the judge of --split {pool.SPLIT}")
+    teachers.add_options(parser, pool.MAX_TOKENS, f"the judge of --split {pool.SPLIT}")
     args = parser.parse_args(argv)
     names = list(dict.fromkeys(map(download.named, args.names)))
     args.datasets = [name for name in names if name not in models.ALIASES and "/" not in name and dataset.is_dataset(name)]

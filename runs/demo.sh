@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The README's six commands on the embedded dataset. LLM=replay (default) | smollm2 | gpt-4o | ...
+# The README's six commands on the embedded dataset, and then the label-free ones. LLM=replay (default) | smollm2 | gpt-4o | ...
 # LEDGER=FILE keeps a live teacher's replies there; with LLM=replay they are what answers.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -23,6 +23,13 @@ step python train_stage1.py minilm pydocs "${TRAINING[@]}"
 step python retrieval.py minilm-sft pydocs "${SHORT[@]}"
 step python stage2/parse_comparison.py pydocs --model minilm-sft --pairs 3 "${TEACHER[@]}"
 step python train_stage2.py minilm-sft pydocs "${TRAINING[@]}"
-step python evaluate.py bm25 minilm minilm-sft minilm-final pydocs "${SHORT[@]}"
+
+# The same queries without their labels: the LLM grades candidates, and its grades alone train the same encoder.
+FREE=(--name minilm-free)
+step python retrieval.py minilm pydocs --fuse "${FREE[@]}" "${SHORT[@]}"
+step python stage2/parse_comparison.py pydocs --model minilm "${FREE[@]}" --graded "${TEACHER[@]}"
+step python train_stage1.py minilm pydocs --judgements llm "${FREE[@]}" "${TRAINING[@]}"
+
+step python evaluate.py bm25 minilm minilm-free-sft minilm-sft minilm-final pydocs "${SHORT[@]}"
 echo
 echo "Open results/report.html: the tables, every pair of models query by query, and the loss curves."

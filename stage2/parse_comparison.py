@@ -1,4 +1,5 @@
-"""Ask an LLM which of two retrieved passages answers a training query better (paper, section 4.1).
+"""Ask an LLM which of two retrieved passages answers a training query better (paper, section 4.1), or with `--graded`
+how well each of several does.
 
 Reads    stage2/<model>_<dataset>_top100.jsonl, datasets/<dataset>/
 Writes   stage2/<model>_<dataset>_preferences.jsonl          one row per decided pair, appended
@@ -6,7 +7,9 @@ Writes   stage2/<model>_<dataset>_preferences.jsonl          one row per decided
          stage2/<model>_<dataset>_preferences.report.json, .png   what the verdicts are worth
          stage2/<model>_<dataset>_preferences.batches.json    with --batch: what is submitted and not collected
          stage2/<dataset>_preferences.ledger.jsonl            every reply received: nothing is paid twice
+         stage2/<model>_<dataset>_judgements.jsonl and so on  the same with --graded, one row per query
 Run      python stage2/parse_comparison.py scifact
+         python stage2/parse_comparison.py mydocs --model e5 --graded
 """
 
 import argparse
@@ -17,6 +20,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
@@ -25,13 +29,13 @@ from syntriever.data.corpus import Corpus
 from syntriever.encode import models
 from syntriever.errors import BadInput
 from syntriever.files import jsonl, paths
-from syntriever.llm import asking, teachers
+from syntriever.llm import asking, grading, judging, teachers
 from syntriever.llm.ledger import Request
 from syntriever.llm.rows import append_rows, check_failures
-from syntriever.report import judge
+from syntriever.report import grades, judge
 from syntriever.run import cli, lineage, processes, terminal
 
-# ------------------------------------------------------------------------- edit here: the prompt
+# -------------------------------- edit here: the prompt (those of --graded: syntriever/llm/grading.py)
 
 # The passages stand between delimiters drawn anew for each request, so that no passage can close
 # its own fence and speak to the judge.
@@ -68,11 +72,18 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--model", default="e5-sft", help="whose top passages are compared (default: %(default)s)")
     parser.add_argument("--name", help="short name for file names, where the model is a folder or a Hub id")
     parser.add_argument("--top-k", type=int, help="which retrieval file: the K it was made with (default: 100)")
-    parser.add_argument("--k", type=int, help="compare the top K passages of each query, equal texts once (default: 5)")
+    what = "judge the top K passages of each query, equal texts once (default: 5, with --graded 8)"
+    parser.add_argument("--k", type=int, help=what)
+    what = "one request shows all K passages of a query, and the reply grades each from 0 to 3"
+    parser.add_argument("--graded", action="store_true", help=what)
+    what = "with --graded: a request a passage, yes or no; the grade is 3 times the probability of yes (needs logprobs)"
+    parser.add_argument("--pointwise", action="store_true", help=what)
     parser.add_argument(
         "--pairs", type=int, default=10, help="pairs per query, at random when K gives more (default: %(default)s)"
     )
-    parser.add_argument("--both-orders", action="store_true", help="ask each pair in both orders and keep agreeing verdicts only")
+    parser.add_argument(
+        "--both-orders", action="store_true", help="ask in both orders: keep agreeing verdicts only, or average grades"
+    )
     parser.add_argument("--limit", type=int, help="only the first N queries of a seeded shuffle (default: all)")
     parser.add_argument(
         "--force", action="store_true", help="go on where an input is stale or the output was made with other settings"
@@ -118,6 +129,36 @@ async def compare(asker: asking.Asker, pair: Pair, query: str, corpus: Corpus, b
     return {"preferred_id": winner, "rejected_id": pair.second if winner == pair.first else pair.first, **row}
 
 
+class Pairwise:
+    """Compares passages of a query in pairs: one row a pair."""
+
+    unit, units, made = "pair", "pairs", "preferences"
+    inputs: tuple[Path, ...] = ()
+
+    def __init__(self, args: argparse.Namespace, corpus: Corpus) -> None:
+        self._args, self._corpus = args, corpus
+        self.settings = {name: getattr(args, name) for name in ("llm", "k", "pairs", "both_orders", "seed")}
+        prompt = lineage.text_sha256([PROMPT, MAX_PASSAGE_CHARACTERS])[:12]
+        self.settings |= {"prompt": prompt, "temperature": TEMPERATURE}
+
+    def begin(self, settings: dict[str, Any], leave_out: Path | None) -> None:
+        pass
+
+    def items(self, row: jsonl.Row) -> list[Pair]:
+        """The pairs of one query that are compared: of its top passages with different texts."""
+        different = itertools.islice(self._corpus.distinct(passage["id"] for passage in row["passages"]), self._args.k)
+        return choose_pairs(row["query_id"], list(different), self._args.pairs, self._args.seed)
+
+    def key(self, item: Pair) -> str:
+        return str(item)
+
+    def key_of(self, row: jsonl.Row) -> str:
+        return str(Pair(row["query_id"], *row["shown"]))
+
+    async def judge(self, asker: asking.Asker, item: Pair, query: str) -> jsonl.Row:
+        return await compare(asker, item, query, self._corpus, self._args.both_orders, self._args.verdict_max_tokens)
+
+
 def load_top(path: Path, k: int | None, limit: int | None, seed: int) -> tuple[jsonl.Table, list[str]]:
     """(rows of the retrieval file by query id, ids of `limit` queries of a seeded shuffle); each row has `k` passages."""
 
@@ -131,38 +172,59 @@ def load_top(path: Path, k: int | None, limit: int | None, seed: int) -> tuple[j
     return top, chosen[:limit]
 
 
-def pairs_of(row: jsonl.Row, corpus: Corpus, args: argparse.Namespace) -> list[Pair]:
-    """The pairs of one query that are compared: of its top passages with different texts."""
-    different = itertools.islice(corpus.distinct(passage["id"] for passage in row["passages"]), args.k)
-    return choose_pairs(row["query_id"], list(different), args.pairs, args.seed)
+def in_pairs(row: jsonl.Row, corpus: Corpus, args: argparse.Namespace) -> tuple[int, float]:
+    """(requests, prompt tokens) that it takes to judge in pairs what a row of grades shows. The tokens are estimated: as many
+    a character as the row's own."""
+    query, texts = row["query"], {passage: corpus.by_id(passage) for passage in row["shown"]}
+    if not texts:
+        return 0, 0.0
+    pairs = choose_pairs(row["query_id"], row["shown"], args.pairs, args.seed)
+    asked = grading.requests_for(query, texts, row["shown"], 0, args.both_orders, args.pointwise)
+    written = sum(len(request_for(pair, query, texts[pair.first], texts[pair.second]).prompt) for pair in pairs)
+    tokens = row["prompt_tokens"] * written / sum(len(request.prompt) for request in asked)
+    return (2 * len(pairs), 2 * tokens) if args.both_orders else (len(pairs), tokens)
 
 
-def report_on(output: Path, gold: dataset.Qrels, corpus: Corpus, title: str) -> None:
-    """Write and print what the verdicts in `output` and in its failed file are worth. `gold` is by text."""
+def report_on(output: Path, gold: dataset.Qrels, corpus: Corpus, top: jsonl.Table, title: str, args: argparse.Namespace) -> None:
+    """Write and print what the verdicts or grades in `output` and in its failed file are worth. `gold` is by text."""
     files = [path for path in (output, paths.failed(output)) if path.is_file()]
     rows = itertools.chain.from_iterable(map(jsonl.read, files))
-    pair = ("preferred_id", "rejected_id")
-    found = judge.report(({**row, **{name: corpus.first_id(row[name]) for name in pair if name in row}} for row in rows), gold)
+    made_of: Any = grades if args.graded else judge
+
+    def ranked(query: str) -> list[str]:
+        return judging.candidates_of(top.get(query) or {"passages": []}, corpus, args.k)
+
+    if args.graded:
+        found = grades.report(rows, gold, ranked, lambda row: in_pairs(row, corpus, args), grading.RELEVANT)
+    else:
+        pair = ("preferred_id", "rejected_id")
+        found = judge.report(
+            ({**row, **{name: corpus.first_id(row[name]) for name in pair if name in row}} for row in rows), gold
+        )
     jsonl.write_json(paths.report(output, ".json"), found)
-    judge.draw(found, paths.report(output, ".png"), title)
+    made_of.draw(found, paths.report(output, ".png"), title)
     terminal.say(f"judge  {paths.shown(paths.report(output, '.json'))} and .png")
-    for line in judge.lines(found):
+    for line in made_of.lines(found):
         terminal.say(f"       {line}")
 
 
 def main(args: argparse.Namespace) -> None:
     teachers.check_options(args)
-    for name, least in (("k", 2), ("pairs", 1), ("limit", 1)):
+    for name, least in (("k", 1 if args.graded else 2), ("pairs", 1), ("limit", 1)):
         if getattr(args, name) is not None and getattr(args, name) < least:
             raise BadInput(f"--{name} must be at least {least}")
+    if args.pointwise and (not args.graded or args.both_orders):
+        raise BadInput("--pointwise goes with --graded and shows one passage at a time: there is no order")
     ref, ds = models.resolve(args.model, args.dataset, args.name), download.as_typed(args.dataset)
     dataset.ensure(args.dataset)
-    source, output = paths.top(ref.name, args.dataset, args.top_k or 100), paths.preferences(ref.name, args.dataset)
+    source = paths.top(ref.name, args.dataset, args.top_k or 100)
+    output = (paths.judgements if args.graded else paths.preferences)(ref.name, args.dataset)
     if not source.is_file():
-        command = terminal.command("retrieval.py", args.model, ds, name=args.name, top_k=args.top_k)
+        fuse = ["--fuse"] if args.graded else []
+        command = terminal.command("retrieval.py", args.model, ds, *fuse, name=args.name, top_k=args.top_k, queries=args.queries)
         raise BadInput(f"{paths.shown(source)} is not there. Run: {command}")
     top, chosen = load_top(source, args.k, args.limit, args.seed)
-    args.k = args.k or 5
+    args.k = args.k or (8 if args.graded else 5)
     forced = lineage.check_fresh([source], args.force)
     # Read before anything is paid, for the report at the end.
     corpus = Corpus(args.dataset)
@@ -171,47 +233,51 @@ def main(args: argparse.Namespace) -> None:
     args.llm = teachers.default_llm(args.dataset, args.llm, args.base_url)
     teacher = teachers.make_teacher(args.llm, args.dataset, output, args)
     ledger = args.ledger or paths.comparison_ledger(args.dataset)
+    how: Any = judging.Graded(args, corpus, train, teacher) if args.graded else Pairwise(args, corpus)
 
-    async def work(asker: asking.Asker, item: tuple[Pair, str]) -> jsonl.Row:
-        pair, query = item
-        return {**await compare(asker, pair, query, corpus, args.both_orders, args.verdict_max_tokens), "llm": args.llm}
+    async def work(asker: asking.Asker, item: tuple[Any, str]) -> jsonl.Row:
+        return {**await how.judge(asker, *item), "llm": args.llm}
 
     with processes.lock(output, args.dry_run), processes.lock(ledger, args.dry_run):
         record = lineage.Record(args, forced)
-        record.reads(source, corpus.path)
-        settings = {name: getattr(args, name) for name in ("llm", "k", "pairs", "both_orders", "seed")}
-        settings |= {"prompt": lineage.text_sha256([PROMPT, MAX_PASSAGE_CHARACTERS])[:12], "temperature": TEMPERATURE}
-        done = jsonl.Seen()
-        if record.resumes(output, settings, args.force, args.dry_run):
-            made = jsonl.read(output, {"query_id": str, "shown": list}, torn=args.dry_run)
-            done = jsonl.Seen(str(Pair(row["query_id"], *row["shown"])) for row in made)
+        record.reads(source, corpus.path, *how.inputs)
+        done, resumed = jsonl.Seen(), record.resumes(output, how.settings, args.force, args.dry_run)
+        if resumed:
+            done = jsonl.Seen(map(how.key_of, jsonl.read(output, {"query_id": str, "shown": list}, torn=args.dry_run)))
+        how.begin(record.settings, output if resumed else None)
 
-        def wanted() -> Iterator[tuple[Pair, str]]:
+        def wanted() -> Iterator[tuple[Any, str]]:
             for row in filter(None, map(top.get, chosen)):
-                yield from ((pair, row["query"]) for pair in pairs_of(row, corpus, args))
+                yield from ((item, row["query"]) for item in how.items(row))
 
         every = todo = 0
-        for pair, _ in wanted():
-            every, todo = every + 1, todo + (str(pair) not in done)
+        for item, _ in wanted():
+            every, todo = every + 1, todo + (how.key(item) not in done)
         if not every:
-            raise BadInput(f"{paths.shown(source)}: no query has two passages with different texts to compare")
-        if short := min(args.pairs, args.k * (args.k - 1) // 2) * len(chosen) - every:
+            raise BadInput(
+                f"{paths.shown(source)}: no query has {'a passage' if args.graded else 'two passages with different texts'}"
+            )
+        if not args.graded and (short := min(args.pairs, args.k * (args.k - 1) // 2) * len(chosen) - every):
             terminal.say(f"note:  {short:,} pairs fewer: of some queries fewer than {args.k} different texts were retrieved")
-        terminal.say(f"read   top {args.k} of {len(chosen):,} queries: {every:,} pairs, {every - todo:,} done, {todo:,} to ask")
-        pending = (item for item in wanted() if str(item[0]) not in done)
-        counts, used = append_rows(output, ledger, pending, todo, work, teacher, args, unit="pair")
+        terminal.say(
+            f"read   top {args.k} of {len(chosen):,} queries: {every:,} {how.units}, {every - todo:,} done, {todo:,} to ask"
+        )
+        pending = (item for item in wanted() if how.key(item[0]) not in done)
+        counts, used = append_rows(output, ledger, pending, todo, work, teacher, args, unit=how.unit)
         if args.dry_run:
             return
-        terminal.say(f"wrote  {paths.shown(output)}: {counts['written']:,} new preferences of {len(done) + counts['written']:,}")
+        terminal.say(f"wrote  {paths.shown(output)}: {counts['written']:,} new {how.made} of {len(done) + counts['written']:,}")
         for reason, words in (("tie", "ties"), ("disagreement", "verdicts that depend on the order")):
             if counts[reason]:
                 terminal.say(f"       {counts[reason]:,} {words}, kept apart in {paths.shown(paths.failed(output))}")
         if counts["not_recorded"]:
-            terminal.say(f"       {counts['not_recorded']:,} pairs have no recorded verdict; they are left out")
-        report_on(output, gold, corpus, f"{args.llm} on {args.dataset}, top {args.k} of {ref.name}")
+            terminal.say(f"       {counts['not_recorded']:,} {how.units} have no recorded verdict; they are left out")
+        report_on(output, gold, corpus, top, f"{args.llm} on {args.dataset}, top {args.k} of {ref.name}", args)
         check_failures(counts, len(done), output, args.max_failure_rate)
         record.write(output, **counts, **used)
-    terminal.next_command("train_stage2.py", args.model, ds, name=args.name)
+    script = "train_stage2.py" if models.is_own(args.model) or not args.graded else "train_stage1.py"
+    judgements = "llm" if args.graded else None
+    terminal.next_command(script, args.model, ds, name=args.name, judgements=judgements, queries=args.queries)
 
 
 if __name__ == "__main__":

@@ -42,6 +42,7 @@ TRAINING = [*SHORT, "--epochs", "1", "--dev-pool", "100", "--save-minutes", "0.0
 # Name, command, and the size in bytes of a file at which its disk is full.
 STAGES: list[tuple[str, list[str], int]] = [
     ("build", ["datasets/build_pydocs.py"], 100_000),
+    ("queries", ["datasets/generate_queries.py", "pydocs", "--passages", "150", "LLM"], 30_000),
     ("synthesis", ["datasets/parse_synthetic.py", "pydocs", "--limit", "100", "LLM"], 60_000),
     ("stage 1", ["train_stage1.py", "minilm", "pydocs", *TRAINING], 30_000_000),
     ("retrieval", ["retrieval.py", "minilm-sft", "pydocs", *SHORT], 200_000),
@@ -82,6 +83,7 @@ def outcome(home: Path) -> dict[str, Any]:
     found: dict[str, Any] = {
         path: sha256(home / path) for path in ("datasets/pydocs/corpus.jsonl", "datasets/pydocs/queries.jsonl")
     }
+    found["generated"] = sha256(home / "datasets/pydocs_generated.jsonl")  # put in order when it is complete
     found["synthetic"] = rows(home / "datasets/pydocs_synthetic.jsonl", "query_id", "cot", "positive", "negative", "verified")
     for name in ("minilm-sft-pydocs", "minilm-final-pydocs"):
         found[name] = sha256(home / "output" / name / "model.safetensors")

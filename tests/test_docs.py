@@ -22,7 +22,7 @@ PLACEHOLDERS = {"DS": "scifact", "M": "e5"}
 # Datasets of the reader's in the examples.
 OWN = ["mydocs"]
 SCRIPTS = ["datasets/parse_synthetic.py", "datasets/build_pydocs.py", "datasets/split_dev.py", "train_stage1.py", "retrieval.py"]
-SCRIPTS += ["stage2/parse_comparison.py", "train_stage2.py", "evaluate.py"]
+SCRIPTS += ["stage2/parse_comparison.py", "train_stage2.py", "evaluate.py", "datasets/generate_queries.py"]
 # Programs that are not ours, and the shell's own words.
 OTHERS = {"export", "source", "sleep", "break", "[", "vllm", "ollama", "llama-server", "tensorboard", "pip", "pre-commit", "git"}
 KEYWORDS = {"until", "while", "do", "done", "if", "then", "fi"}

@@ -204,7 +204,7 @@ def test_test_queries_where_there_are_some_and_a_file_of_ones_own_is_kept(lab, j
 def test_no_queries_no_recorded_answers_and_options_of_a_judge(notes, judged, run_script, tiny_encoder):
     code, _, err = run_script("evaluate.py", "bm25", "notes", "--llm", "judge")
     assert (code, "--llm, --batch and --dry-run are for --split judged" in err) == (2, True)
-    assert "no recorded answers ship for notes" in judged(None, "bm25", "--llm", "replay", code=2)
+    assert "there are no recorded answers for notes" in judged(None, "bm25", "--llm", "replay", code=2)
     recorded = rows(paths.recorded("pydocs") / "preferences.jsonl")[0]["query"]
     make_dataset(
         paths.dataset("pydocs"), [(f"p{n:02}", f"{recorded} {n}" if n < 19 else recorded, f"Passage {n}") for n in range(20)]
@@ -259,6 +259,23 @@ def test_replies_of_a_ledger_judge_again_what_they_judged(notes, judged):
     hits = [p in after[q] for q in after for p in top[q]]
     assert made["unjudged"] == pytest.approx(1 - sum(hits) / len(hits))
     assert made["unjudged"] > 0
+
+
+def test_recorded_rankings_judge_the_queries_that_they_have(notes, judged):
+    kept = training.load("notes", None).reserved
+    query = min(kept)
+    top = [p for p, _ in dict(bm25.run(Corpus("notes"), {query: kept[query]}, 10))[query]]
+    relevant = next(p for p in top if int(p[1:]) > 3)  # not one of the repeated texts
+    others = [[p] for p in top if p != relevant]
+    recorded = paths.dataset("notes") / "recorded" / "preferences.jsonl"
+    write_jsonl(recorded, [{"query": kept[query], "ranking": [[relevant], *others]}])
+    out = judged(None, "bm25", "--llm", "replay")
+    found = dataset.load_qrels("notes", "judged")
+    assert found == {query: {p: int(p == relevant) for p in found[query]}}
+    assert set(top) <= set(found[query])
+    assert "judged by an LLM (replay), not by a person" in out
+    assert f"{len(kept) - 1} of {len(kept)} queries have no judgement" in out
+    assert "datasets/notes/recorded/preferences.jsonl" in lineage.load_record(paths.judged("notes"))["inputs"]
 
 
 def test_the_model_card_says_who_judged(stage1, run_script, monkeypatch):

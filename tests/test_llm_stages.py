@@ -19,6 +19,7 @@ from conftest import ROOT, load_script, make_dataset, write_jsonl
 from llm_lab import (
     ADVERSARY,
     COMPARISON,
+    LAUNCHER,
     SYNTHESIS,
     asked,
     broken,
@@ -31,6 +32,7 @@ from llm_lab import (
     smaller,
     step_of,
     synthetic,
+    wait_for,
 )
 from llm_server import FAULTS, LLMServer, failure, request_key
 
@@ -140,29 +142,6 @@ def test_row_of_a_query_that_was_edited_does_not_pass_for_current(run, run_scrip
         queries.write_text(queries.read_text("utf-8").replace("Which is topic 01?", "Which is subject 01?"), "utf-8")
         code, *_ = run_script(SYNTHESIS, "tiny", "--llm", "judge", "--base-url", server.url)
     assert code == 2 or synthetic()["q-p01"]["query"] == "Which is subject 01?"
-
-
-# Starts the script of its arguments once per line of input, says its process id and then its exit code. What takes a
-# second to import is there already.
-LAUNCHER = """
-import os, runpy, sys, numpy, openai, tiktoken
-while sys.stdin.readline():
-    child = os.fork()
-    if not child:
-        os.setsid()
-        os.dup2(2, 1)
-        sys.argv = sys.argv[1:]
-        runpy.run_path(sys.argv[0], run_name="__main__")
-    print(child, flush=True)
-    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
-"""
-
-
-def wait_for(condition):
-    end = time.monotonic() + 20
-    while not condition():
-        assert time.monotonic() < end, "took too long"
-        time.sleep(0.005)
 
 
 @pytest.mark.parametrize(("concurrency", "queries", "latency"), [(1, 510, 0.002), (64, 600, 0.03)])

@@ -100,10 +100,15 @@ def test_split(ds: str) -> str | None:
     return None if paths.qrels(ds, "test").is_file() else "judged"
 
 
+def gold_splits(ds: str) -> list[Path]:
+    """The judgements that came with a dataset, of all splits."""
+    return [path for path in sorted(paths.qrels(ds, "train").parent.glob("*.tsv")) if path.stem != "judged"]
+
+
 def _add_unjudged(made: Training, ds: str, kinds: tuple[str, ...]) -> None:
     """Add the queries of the log and the generated ones. What is reserved does not depend on the `kinds` that train."""
     texts = dataset.load_queries(ds) if paths.queries(ds).is_file() else {}
-    splits = [path for path in sorted(paths.qrels(ds, "train").parent.glob("*.tsv")) if path.stem != "judged"]
+    splits = gold_splits(ds)
     judged = {query for path in splits for query in dataset.load_qrels(ds, path.stem)}
     taken = {normal(texts[query]) for query in judged & texts.keys()}
     found: list[tuple[str, Path, Iterable[tuple[str, str, str]]]] = []

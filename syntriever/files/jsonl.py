@@ -247,17 +247,17 @@ class Appender:
         self.size = self._file.seek(0, os.SEEK_END)
         self._synced = time.monotonic()
 
-    def add(self, row: Row) -> None:
-        """Append one row. On a full disk the file is cut back to its last complete row."""
-        line = dumps(row)
+    def add(self, *rows: Row) -> None:
+        """Append rows that belong together. On a full disk none of them stays, and the file is cut back to what was there."""
+        lines = b"".join(map(dumps, rows))
         try:
-            written = self._file.write(line)
-            if written != len(line):
+            written = self._file.write(lines)
+            if written != len(lines):
                 raise OSError(28, os.strerror(28))
         except OSError as error:
             self._file.truncate(self.size)
             raise Failed(f"cannot write {shown(self.path)}: {error.strerror}; rerun to resume") from error
-        self.size += len(line)
+        self.size += len(lines)
         if time.monotonic() - self._synced > self.SYNC_SECONDS:
             self.sync()
 

@@ -44,8 +44,14 @@ def qrels(ds: str, split: str) -> Path:
 
 
 def recorded(ds: str) -> Path:
-    """Answers of a teacher that ship with the code (`--llm replay`)."""
-    return CODE / "datasets" / "recorded" / check_name(ds)
+    """Answers of a teacher (`--llm replay`): those that ship with the code, or that lie with a dataset of the user."""
+    shipped = CODE / "datasets" / "recorded" / check_name(ds)
+    return shipped if shipped.is_dir() else dataset(ds) / "recorded"
+
+
+def recordings(folder: Path) -> tuple[Path, Path]:
+    """The recorded texts and the recorded rankings."""
+    return folder / "synthesis.jsonl", folder / "preferences.jsonl"
 
 
 def synthetic(ds: str) -> Path:
@@ -101,6 +107,11 @@ def failed(path: Path) -> Path:
 def synthesis_ledger(ds: str) -> Path:
     """Every reply that synthesis received."""
     return home() / "datasets" / f"{check_name(ds)}_synthetic.ledger.jsonl"
+
+
+def generation_ledger(ds: str) -> Path:
+    """Every reply that the writing of queries received."""
+    return home() / "datasets" / f"{check_name(ds)}_generated.ledger.jsonl"
 
 
 def comparison_ledger(ds: str) -> Path:

@@ -59,10 +59,10 @@ class Asker:
             self._in_flight[key].add_done_callback(lambda _: self._in_flight.pop(key))
         return await self._in_flight[key]
 
-    async def ask_all(self, requests: Iterable[Request]) -> list[Reply]:
-        """Replies to several requests at once, verdicts to those with choices. All are waited for,
+    async def ask_all(self, requests: Iterable[Request], reminder: str = "") -> list[Reply]:
+        """Replies to several requests at once, verdicts to those with choices or a grammar. All are waited for,
         and so recorded, before an error of one is raised."""
-        asked = (self.ask_verdict(request) if request.choices else self.ask(request) for request in requests)
+        asked = (self.ask_verdict(r, reminder) if r.choices or r.usable else self.ask(r) for r in requests)
         replies = await asyncio.gather(*asked, return_exceptions=True)
         for reply in replies:
             if isinstance(reply, BaseException):
@@ -85,19 +85,23 @@ class Asker:
         return reply
 
     def _judged(self, request: Request, reply: Reply) -> Reply:
-        reply = judged(reply, request.choices)
+        reply = judged(reply, request.choices, request.usable)
         self.thoughtful += reply.thoughts
         return reply
 
-    async def ask_verdict(self, request: Request) -> Reply:
-        """Reply whose text is one of `request.choices`. Anything else is asked once more, with the
+    async def ask_verdict(self, request: Request, reminder: str = "") -> Reply:
+        """Reply whose text is one of `request.choices`, or `request.usable`. Anything else is asked once more, with the
         grammar spelled out, and then fails with the reason `unparsable`; it is never guessed."""
         reply = await self.ask(request)
         if reply.reason == "unparsable":
-            reminder = f"\n\nAnswer with exactly one word and nothing else: {' or '.join(request.choices)}."
-            second = await self.ask(replace(request, prompt=request.prompt + reminder))
+            reminder = reminder or f"Answer with exactly one word and nothing else: {' or '.join(request.choices)}."
+            second = await self.ask(replace(request, prompt=f"{request.prompt}\n\n{reminder}"))
             reply = replace(second, attempts=reply.attempts + second.attempts)
-        return reply if reply.reason else replace(reply, text=verdicts.parse_verdict(reply.text, request.choices) or "")
+        return (
+            reply
+            if reply.reason or not request.choices
+            else replace(reply, text=verdicts.parse_verdict(reply.text, request.choices) or "")
+        )
 
 
 def fence(*texts: str) -> str:

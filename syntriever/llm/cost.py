@@ -130,7 +130,8 @@ class Imagined:
         self.guessed |= usual is None
         tokens = round(request.max_tokens if usual is None else usual)
         text = request.choices[0] if request.choices else " ".join(["word"] * tokens)
-        reply = Reply(text, "", "", self._count(request.prompt), tokens)
+        # Filler is not in the grammar of a reply, but is not to be asked for once more either.
+        reply = Reply(text, "imagined" if request.usable else "", "", self._count(request.prompt), tokens)
         self.meter.add(request.step, reply)
         return reply
 

@@ -1,18 +1,22 @@
 """Every reply a teacher gave, on disk and addressed by content, so that none is paid for twice."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from syntriever.errors import BadInput
 from syntriever.files import jsonl, paths
 from syntriever.llm.replies import Reply, ended
 from syntriever.run import lineage
 
+GRADES = range(4)  # of a passage, 3 the best
+
 
 @dataclass(frozen=True)
 class Request:
-    """One prompt. `choices` names the only replies a verdict may have, lower case."""
+    """One prompt. `choices` names the only replies a verdict may have, lower case; `usable` tells, of a reply in any other
+    grammar, whether it has what was asked for."""
 
     step: str
     item: tuple[str, ...]  # what it is about: (query,) or (query, first passage id, second passage id)
@@ -20,11 +24,23 @@ class Request:
     temperature: float
     max_tokens: int
     choices: tuple[str, ...] = ()
+    usable: Callable[[str], object] | None = None
+    fields: tuple[str, ...] = ()  # of a reply as a JSON object, each a grade from 0 to 3
+    logprobs: bool = False  # the probabilities of the first word are wanted
+
+    @property
+    def properties(self) -> dict[str, Any]:
+        """What a JSON object that answers has, each with its JSON schema; nothing where the reply is to be plain text: for its
+        first word to be the answer, there must be no brace before it."""
+        if self.fields:
+            return {name: {"type": "integer", "enum": list(GRADES)} for name in self.fields}
+        return {"verdict": {"type": "string", "enum": list(self.choices)}} if self.choices and not self.logprobs else {}
 
     def key(self, model: str) -> str:
         """Content address: what decides the reply. `max_tokens` is left out, since a reply that came
         to its end is the same under any higher limit; `Ledger.get` sees to those that did not."""
-        return lineage.text_sha256([model, self.prompt, self.temperature, self.choices])[:32]
+        more = ["logprobs"] if self.logprobs else []  # keys of other requests are as ever
+        return lineage.text_sha256([model, self.prompt, self.temperature, self.choices, *more])[:32]
 
 
 _FIELDS: dict[str, type | tuple[type, ...]] = {"key": str, "model": str, "text": str, "reason": str, "finish_reason": str}
@@ -95,7 +111,7 @@ class Ledger:
         assert self._appender, "opened to be read only"
         offset = self._appender.size
         about = {"key": key, "step": request.step, "item": request.item, "model": model, "max_tokens": request.max_tokens}
-        self._appender.add({**about, **asdict(reply)})
+        self._appender.add({**about, **{name: value for name, value in asdict(reply).items() if value is not None}})
         self._index.execute("REPLACE INTO replies VALUES (?, ?)", [bytes.fromhex(key), offset])
         self._count(model, request.step, reply.prompt_tokens, reply.completion_tokens)
 

@@ -158,5 +158,7 @@ class LocalTeacher:
             for choice in request.choices:
                 firsts = {self._tokenizer.encode(form, add_special_tokens=False)[0] for form in (choice, choice.capitalize())}
                 scores[choice] = max(row[token].item() for token in firsts)
-            replies.append(Reply(max(scores, key=lambda c: scores[c]), finish_reason="stop", completion_tokens=1))
+            odds = scores["yes"] - scores["no"] if request.logprobs else None
+            best = max(scores, key=lambda choice: scores[choice])
+            replies.append(Reply(best, finish_reason="stop", completion_tokens=1, log_odds=odds))
         return replies

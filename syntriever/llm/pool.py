@@ -12,6 +12,7 @@ from syntriever.data.dataset import Hits, Qrels
 from syntriever.errors import BadInput
 from syntriever.files import jsonl, paths
 from syntriever.llm import asking, grading, teachers
+from syntriever.llm.replay import ReplayTeacher
 from syntriever.llm.rows import append_rows, check_failures
 from syntriever.run import lineage, processes, terminal
 
@@ -20,6 +21,8 @@ SPLIT = "judged"
 DEPTH = 10  # passages of each model that go into the pool
 
 PER_REQUEST = 8  # passages that a request shows at most
+
+MAX_TOKENS = 32  # of a reply, beside those of its grades
 
 # Grade -> what the file says. MAP, Recall and MRR count all from 1 on as relevant, and a grade of 1 is related, no answer.
 IN_FILE = {0: 0, 1: 0, 2: 1, 3: 2}
@@ -86,10 +89,15 @@ class Pool:
         begun = self.output.is_file() and self.output.stat().st_size > 0
         was = (lineage.load_record(self.output) or {}).get("settings", {}).get("llm") if begun else None
         self.llm = args.llm or was or teachers.default_llm(ds, None, args.base_url)
+        if self.llm == "replay" and not args.ledger:
+            self.files += filter(Path.is_file, paths.recordings(paths.recorded(ds))[1:])
         self._teacher = None if begun else self._make_teacher()  # what it lacks shows before the encoding
 
     def _make_teacher(self) -> asking.Teacher:
-        return teachers.make_teacher(self.llm, self.ds, self.output, self.args)
+        teacher = teachers.make_teacher(self.llm, self.ds, self.output, self.args)
+        if isinstance(teacher, ReplayTeacher):
+            teacher.by_text(self.corpus.first_id)
+        return teacher
 
     def judge(self, runs: Runs) -> Judgements | None:
         """Have graded what has no grade yet, and write `qrels/judged.tsv`. None with `--dry-run`."""
@@ -98,7 +106,7 @@ class Pool:
         with processes.lock(self.output, args.dry_run), processes.lock(ledger, args.dry_run):
             record = lineage.Record(args)
             record.reads(corpus.path, *self.files)
-            settings = {"llm": self.llm, "seed": args.seed, **grading.settings()}
+            settings = {"llm": self.llm, "seed": args.seed, **grading.settings(both_orders=False, pointwise=False)}
             resumed = record.resumes(self.output, settings, args.force, args.dry_run)
             known = self._grades() if resumed else {}
             todo, results = list(portions(pool, known)), dict[str, Any]()
@@ -111,7 +119,8 @@ class Pool:
 
                 async def work(asker: asking.Asker, item: tuple[str, list[str]]) -> jsonl.Row:
                     query, passages = item
-                    row = await grading.grade(asker, self.queries[query], {p: corpus.by_id(p) for p in passages}, args)
+                    texts = {passage: corpus.by_id(passage) for passage in passages}
+                    row = await grading.grade(asker, self.queries[query], texts, args.seed, args.verdict_max_tokens)
                     return {"query_id": query, **row, "llm": self.llm}
 
                 counts, used = append_rows(self.output, ledger, todo, len(todo), work, teacher, args, unit="request")

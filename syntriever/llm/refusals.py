@@ -57,6 +57,7 @@ _STATUS = (
 # The settings that a request can do without, or under another name, and how servers speak of them.
 _SETTINGS = {
     "response_format": r"response_?format|json.?(?:schema|object|mode)|schema|structured|grammar|guided",
+    "logprobs": r"log_?probs?|log.probabilit",
     "temperature": r"temperature",
     "max_tokens": r"max_tokens\b",
     "max_completion_tokens": r"max_completion_tokens\b",

@@ -1,6 +1,8 @@
 """What a reply is worth: a chat completion as text, without the model's thoughts, and why it is not usable if it is not."""
 
+import math
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,6 +24,7 @@ class Reply:
     attempts: int = 1
     message: str = ""
     thoughts: bool = False  # some were cut from the text
+    log_odds: float | None = None  # of yes against no as the first word, where it was asked for and the server says
 
     def failure(self) -> dict[str, Any]:
         """What the row of a failure says of it."""
@@ -89,9 +92,10 @@ def ended(word: str) -> str:
     return "length" if _CUT_OFF.search(plain) else f"finish_{own}" if own in _OURS else own
 
 
-def judged(reply: Reply, choices: tuple[str, ...] = ()) -> Reply:
+def judged(reply: Reply, choices: tuple[str, ...] = (), usable: Callable[[str], object] | None = None) -> Reply:
     """`reply` by the one rule for all teachers, live, in batches and from ledgers: its thoughts cut, and the reason why
-    it is no passage or, with `choices`, no verdict. A judge that talks until it is cut off is unparsable, too."""
+    it is no passage or, with `choices`, no verdict, or not `usable`. A judge that talks until it is cut off is
+    unparsable, too."""
     if reply.reason not in _OF_TEXT:
         return reply
     text, cut = without_thoughts(reply.text)
@@ -105,6 +109,8 @@ def judged(reply: Reply, choices: tuple[str, ...] = ()) -> Reply:
         reason, message = "unparsable", line(text)
     elif not choices and finish == "length":
         reason = finish
+    elif usable and not usable(text):
+        reason, message = "unparsable", line(text)
     if reason == "length":
         option = "--verdict-max-tokens" if choices else "--max-tokens"
         message = f"cut off at the token limit, which counts thoughts, too; a higher {option} asks again"
@@ -137,7 +143,30 @@ def read(completion: Any, prompt: str) -> Reply:
         raise ValueError("not a chat completion") from error
     finish = str(finish.get("type") if isinstance(finish, dict) else finish)
     text, reason = text.strip(), "refusal" if refusal else ""
-    return Reply(text, reason, finish, asked, written, message=line(str(refusal)), thoughts=hidden and not text)
+    odds = log_odds(choice.get("logprobs"))
+    return Reply(text, reason, finish, asked, written, message=line(str(refusal)), thoughts=hidden and not text, log_odds=odds)
+
+
+def log_odds(logprobs: Any) -> float | None:
+    """Log-odds of yes against no as the first word of the answer, thoughts left out, from the top log-probabilities of an
+    OpenAI-compatible server. Spellings of a word are added up; a word that is not listed counts as the least likely that is.
+    None where neither is listed, or nothing is."""
+    try:
+        places = [(str(place["token"]), place.get("top_logprobs") or ()) for place in logprobs["content"]]
+        text = "".join(token for token, _ in places)
+        answer = without_thoughts(text)[0]
+        first = re.search(r"\w", answer)
+        left = text.rindex(answer) + first.start() if first else len(text)
+        for token, top in places:
+            left -= len(token)
+            if left < 0:
+                listed = [(re.sub(r"\W+", "", str(each["token"])).lower(), math.exp(min(0.0, each["logprob"]))) for each in top]
+                yes, no = (math.fsum(p for word, p in listed if word == said) for said in ("yes", "no"))
+                least = max(min((p for _, p in listed), default=0.0), 1e-12)
+                return math.log((yes or least) / (no or least)) if yes or no else None
+    except (KeyError, TypeError, ValueError, AttributeError):
+        pass  # none, or of another shape
+    return None
 
 
 def _text(part: dict[str, Any]) -> str:

@@ -53,7 +53,9 @@ def work_through(items: Iterable[asking.T], work: Callable[[asking.T], Awaitable
 
 
 # Reasons that say something about the data, or that only more time is needed: no request went wrong.
-BENIGN = {"not_recorded", "tie", "disagreement", "pending"}
+BENIGN = {"not_recorded", "tie", "disagreement", "dropped", "pending"}
+
+Made = jsonl.Row | list[jsonl.Row]  # what `work` makes of an item: its row, or rows that belong together
 
 SAMPLE = 100  # rows that an estimate is made from
 
@@ -63,7 +65,7 @@ def append_rows(
     ledger_path: Path,
     items: Iterable[asking.T],
     total: int,
-    work: Callable[[asking.Asker, asking.T], Awaitable[jsonl.Row]],
+    work: Callable[[asking.Asker, asking.T], Awaitable[Made]],
     teacher: asking.Teacher,
     args: argparse.Namespace,
     unit: str,
@@ -71,7 +73,8 @@ def append_rows(
     """Run `work` on each of the `total` items and append its row to `output` as soon as it is complete.
 
     A row with a "reason" goes to the failed file beside the output instead (`not_recorded` and
-    `pending` are only counted). Returns how many rows were "written" and how many had each reason, and what was used.
+    `pending` are only counted). Rows of one item are written at once: a kill leaves a part of them at the end of the file,
+    and nowhere else. Returns how many items were "written" and how many had each reason, and what was used.
     With `--dry-run` only the estimate is made, and nothing is written.
     """
     if not teacher.live:
@@ -104,7 +107,8 @@ def append_rows(
         said: set[str] = set()
 
         async def work_and_write(item: asking.T) -> None:
-            row = await work(asker, item)
+            made = await work(asker, item)
+            row = made if isinstance(made, dict) else {}
             reason, message = row.get("reason", "written"), row.get("message", "")
             counts[reason] += 1
             # The words of a failure once for each kind; each option that helps is a kind.
@@ -112,7 +116,7 @@ def append_rows(
                 said.add(message if reason == "length" else reason)
                 terminal.say(f"note:  {reason}: {message}")
             if "reason" not in row:
-                rows.add(row)
+                rows.add(*(made if isinstance(made, list) else [made]))
             elif row["reason"] not in ("not_recorded", "pending"):
                 failures.add(row)
             bar.update()
@@ -142,7 +146,7 @@ def append_rows(
 def estimate(
     sample: list[asking.T],
     total: int,
-    work: Callable[[asking.Asker, asking.T], Awaitable[jsonl.Row]],
+    work: Callable[[asking.Asker, asking.T], Awaitable[Made]],
     model: str,
     ledger: Ledger,
     price: cost.Price | None,

@@ -23,9 +23,12 @@ from syntriever.run import terminal
 RATE_LIMIT_PATIENCE = 900.0
 # Refusals in the same words, one after the other, after which no other request is tried.
 ALIKE = 20
+# Tokens whose probabilities are asked for: the most that OpenAI and vLLM give.
+TOP_LOGPROBS = 20
 # What is said of a setting that the server refuses.
 WITHOUT = {
-    "response_format": "takes no JSON schema; verdicts are read from plain text",
+    "response_format": "takes no JSON schema; replies are read from plain text",
+    "logprobs": "gives no log-probabilities",
     "temperature": "takes no temperature; its default is used",
     "temperature 0": "takes no temperature of 0; its default is used for verdicts",
     "max_tokens": "takes max_completion_tokens instead of max_tokens",
@@ -124,13 +127,12 @@ class OpenAITeacher:
         body[refusals.LIMITS[limit] if limit in without else limit] = request.max_tokens
         if "temperature" not in without and (request.temperature or "temperature 0" not in without):
             body["temperature"] = request.temperature
-        if request.choices and "response_format" not in without:
-            verdict = {"verdict": {"type": "string", "enum": list(request.choices)}}
-            schema = {"type": "object", "properties": verdict, "required": ["verdict"], "additionalProperties": False}
-            body["response_format"] = {
-                "type": "json_schema",
-                "json_schema": {"name": "verdict", "strict": True, "schema": schema},
-            }
+        if request.logprobs and "logprobs" not in without:
+            body |= {"logprobs": True, "top_logprobs": TOP_LOGPROBS}
+        if (properties := request.properties) and "response_format" not in without:
+            schema = {"type": "object", "properties": properties, "required": list(properties), "additionalProperties": False}
+            named = {"name": "grades" if request.fields else "verdict", "strict": True, "schema": schema}
+            body["response_format"] = {"type": "json_schema", "json_schema": named}
         return body
 
     async def _send(self, body: dict[str, Any]) -> Any:
@@ -267,6 +269,8 @@ class OpenAITeacher:
     def read(self, request: Request, completion: Any) -> Reply:
         """Reply of a chat completion, not yet judged; `ValueError` where the JSON is not one."""
         reply = replies.read(completion, request.prompt)
+        if request.logprobs and reply.text and not completion["choices"][0].get("logprobs"):  # before it gets into a ledger
+            raise self._stop(Failed(f"{self.where} gives no log-probabilities for {self.model}: leave out --pointwise"))
         if not completion.get("usage"):
             self._once("usage", "reports no usage; tokens and cost are estimates (four bytes a token)")
         return reply

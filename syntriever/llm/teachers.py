@@ -1,5 +1,5 @@
 """Which teacher answers: recorded answers, a ledger, any OpenAI-compatible server, or a model in
-this process; and the options of both LLM stages."""
+this process; and the options of the LLM stages."""
 
 import argparse
 import os
@@ -21,7 +21,7 @@ def default_llm(ds: str, wanted: str | None, base_url: str | None = None) -> str
     places = ("OPENAI_BASE_URL", "OPENAI_API_KEY", "AZURE_OPENAI_ENDPOINT")
     if base_url or any(map(os.environ.get, places)) or not paths.recorded(ds).is_dir():
         return "gpt-4o"
-    terminal.say(f"note:  OPENAI_API_KEY is not set; using the recorded answers that ship for {ds} (--llm replay)")
+    terminal.say(f"note:  OPENAI_API_KEY is not set; using the recorded answers for {ds} (--llm replay)")
     return "replay"
 
 
@@ -56,13 +56,13 @@ def make_teacher(name: str, ds: str, output: Path, args: argparse.Namespace) -> 
     return teacher
 
 
-def add_options(parser: argparse.ArgumentParser, verdict_max_tokens: int, title: str = "teacher") -> None:
-    """Options of both LLM stages, and of the evaluation that an LLM judges."""
+def add_options(parser: argparse.ArgumentParser, verdict_max_tokens: int | None, title: str = "teacher") -> None:
+    """Options of the LLM stages, and of an evaluation that an LLM judges; None where a stage asks for no verdict."""
     group = parser.add_argument_group(title)
     group.add_argument(
         "--llm",
         help="gpt-4o or any model of the server; replay (recorded answers); smollm2, hf:<Hub id> or a folder (runs here). "
-        "Default: gpt-4o, or replay where recorded answers ship with the dataset and OPENAI_API_KEY is not set",
+        "Default: gpt-4o, or replay where there are recorded answers for the dataset and OPENAI_API_KEY is not set",
     )
     group.add_argument("--base-url", help="OpenAI-compatible server, e.g. http://localhost:8000/v1 (default: OPENAI_BASE_URL)")
     group.add_argument(
@@ -79,12 +79,13 @@ def add_options(parser: argparse.ArgumentParser, verdict_max_tokens: int, title:
     group.add_argument("--concurrency", type=int, default=64, help="requests in flight at once (default: %(default)s)")
     group.add_argument("--attempts", type=int, default=6, help="tries per request on 5xx and timeouts (default: %(default)s)")
     group.add_argument("--timeout", type=float, default=120, help="seconds to wait for one reply (default: %(default)s)")
-    group.add_argument(
-        "--verdict-max-tokens",
-        type=int,
-        default=verdict_max_tokens,
-        help="tokens per verdict; models that reason first need hundreds (default: %(default)s)",
-    )
+    if verdict_max_tokens:
+        group.add_argument(
+            "--verdict-max-tokens",
+            type=int,
+            default=verdict_max_tokens,
+            help="tokens per verdict; models that reason first need hundreds (default: %(default)s)",
+        )
     group.add_argument("--retry-failed", action="store_true", help="ask again what was refused, truncated or unparsable before")
     group.add_argument(
         "--max-failure-rate", type=float, default=0.1, help="exit 1 when a larger share of rows failed (default: %(default)s)"
@@ -97,7 +98,7 @@ def add_options(parser: argparse.ArgumentParser, verdict_max_tokens: int, title:
 
 def check_options(args: argparse.Namespace) -> None:
     for name in ("concurrency", "attempts", "timeout", "local_batch_size", "verdict_max_tokens", "max_cost", "max_requests"):
-        value = getattr(args, name)
+        value = getattr(args, name, None)
         if value is not None and not value > 0:
             raise BadInput(f"--{name.replace('_', '-')} must be positive")
     if not 0 <= args.max_failure_rate <= 1:

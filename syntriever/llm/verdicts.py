@@ -1,4 +1,4 @@
-"""What counts as an answer to a question with choices: one of them, said once and without doubt."""
+"""What counts as an answer: to a question with choices one of them, said once and without doubt; labelled lines."""
 
 import json
 import re
@@ -28,13 +28,18 @@ _DOUBT = re.compile(
 )
 
 
+def unfenced(text: str) -> str:
+    """`text` without the code fence around all of it."""
+    text = text.strip()
+    fenced = _FENCE.fullmatch(text)
+    return fenced[1].strip() if fenced else text
+
+
 def parse_verdict(text: str, choices: tuple[str, ...], cut_off: bool = False) -> str | None:
     """The choice that `text` is, or that stands at its start or behind a label such as "Answer:"; None where that is
     not plain: two choices, a doubt, words of another meaning. A reply that was `cut_off` may have had a "but" ahead:
     it must be the choice itself."""
-    text = text.strip()
-    if fenced := _FENCE.fullmatch(text):
-        text = fenced[1].strip()
+    text = unfenced(text)
     if text.startswith('["'):
         return None
     if text.startswith("{") and not re.match(r"\{\w+\}\W*\Z", text):
@@ -80,3 +85,42 @@ def _repeats(verdict: str, sentence: str) -> bool:
         return bool(_TIED.fullmatch(sentence))
     words, negations = _NOT.subn("", sentence)
     return negations == {"yes": 0, "no": 1}.get(verdict) and bool(_ECHO.fullmatch(words) or (negations and not words))
+
+
+# What may stand before a label: list markers, numbers, the marks of headings and quotations.
+_MARKER = r"(?:[*+|]\s+|[-•◦▪–—>#]\s*|\(?\d{1,3}[.):]\s*|\[\d{1,3}\]\s*)*"
+_QUOTES = tuple(zip("\"'`*“„„«‘", "\"'`*”“”»’", strict=True))  # and marks of bold, around all that is said
+_NOTHING = re.compile(r"\W*(?:n/?a|none)?\W*", re.I)
+
+
+def labelled_lines(text: str, labels: tuple[str, ...]) -> list[tuple[str, str]]:
+    """(label, what it says) of each line `label: ...`, also of a JSON object {label: text, or a list of texts}. Lines
+    without a label, or with two, are left out: what they mean would be a guess."""
+    text = text.strip()
+    if len(fenced := _FENCE.findall(text)) == 1:
+        text = fenced[0].strip()
+    lines = text.split("\n")
+    if text.startswith("{"):
+        try:
+            fields = json.loads(text, object_pairs_hook=list)  # pairs, to see a name that stands there twice
+        except (ValueError, RecursionError):
+            return []
+        values = ((name, each) for name, value in fields for each in (value if isinstance(value, list) else [value]))
+        lines = [f"{name}: {' '.join(each.split())}" for name, each in values if isinstance(each, str)]
+    label = rf"({'|'.join(map(re.escape, labels))})(?: ?#?\d{{1,2}})?"
+    opened = r"(?P<mark>\*\*|__|[*_`])?"
+    closed = r"(?(mark)(?:\*\*|__|[*_`])?)\s*[:：](?(mark)(?:[*_]{1,2}(?=\s))?)"
+    line = re.compile(rf"\s*{_MARKER}{opened}{label}{closed}\s*(?P<said>.*)", re.I)
+    again = re.compile(rf"(?<!\w){label}[*_`]{{0,2}}\s*[:：]", re.I)
+    found = []
+    for match in filter(None, map(line.fullmatch, lines)):
+        said, mark = match["said"].strip(), match["mark"] or ""
+        if mark and said.endswith(mark) and said.count(mark) == 1:  # **label: text**
+            said = said.removesuffix(mark)
+        for first, last in _QUOTES:
+            inner = said.strip(f"{first}{last}")
+            if said[:1] == first and said[-1:] == last and not {first, last} & set(inner):
+                said = inner.strip()
+        if not again.search(said) and not _NOTHING.fullmatch(said):
+            found.append((match[2].lower(), said))
+    return found
