@@ -1,13 +1,17 @@
 """Evaluate models on BEIR datasets: nDCG@K, MAP, Recall, Precision and MRR, side by side.
 
 Reads    output/<model>-<dataset>/ (or any model, or bm25), datasets/<dataset>/
+         datasets/<dataset>_generated.jsonl       with --split judged, where there is no test split
 Writes   results/<model>_<dataset>_<split>.json   measures, the query count, per-query values
          results/<model>_<dataset>_<split>.trec   the run, for trec_eval
          results/<model>_<dataset>_<split>.png    the model beside those named before it
          results/report.html                      all of this run in one page
          output/<model>-<dataset>/README.md       the scores, in the model card
+         datasets/<dataset>/qrels/judged.tsv      with --split judged: what an LLM says about the top of all models, from
+         datasets/<dataset>_judged.jsonl          its grades, one row per request, appended (and .failed, .ledger, .batches)
 Run      python evaluate.py e5-final scifact
          python evaluate.py bm25 e5 e5-sft e5-final scifact
+         python evaluate.py minilm minilm-sft mydocs --split judged               a test set that an LLM judges
          python evaluate.py e5-final scifact cqadupstack --trained-on msmarco       zero-shot
          python evaluate.py e5-final scifact --push-to-hub owner/name
 """
@@ -16,7 +20,8 @@ import argparse
 import functools
 import sys
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from syntriever.data import dataset, download
@@ -25,7 +30,8 @@ from syntriever.data.dataset import Hits
 from syntriever.encode import bm25, models
 from syntriever.errors import BadInput
 from syntriever.files import jsonl, paths
-from syntriever.report import hub, metrics, page, pictures
+from syntriever.llm import pool, teachers
+from syntriever.report import hub, metrics, page, pictures, tables
 from syntriever.report.metrics import Measures
 from syntriever.run import cli, lineage, options, processes, terminal
 
@@ -38,12 +44,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         metavar="name",
         help=f"models (X-sft, X-final, {', '.join(models.ALIASES)}, bm25, Hub id, folder) and datasets",
     )
-    parser.add_argument("--split", default="test", help="which judgements (default: %(default)s)")
+    what = f"which judgements; {pool.SPLIT}: an LLM's, of the top {pool.DEPTH} of all models, made here (default: %(default)s)"
+    parser.add_argument("--split", default="test", help=what)
     parser.add_argument("--ks", help=f"cut-offs of the measures (default: {','.join(map(str, metrics.KS))})")
     parser.add_argument("--trained-on", metavar="DATASET", help="evaluate X-sft and X-final trained on this dataset (zero-shot)")
     parser.add_argument("--push-to-hub", metavar="OWNER/NAME", help="upload the one checkpoint, with its scores, to the Hub")
     bm25.add_language(parser)
     options.add_encoding_options(parser)
+    teachers.add_options(parser, pool.MAX_TOKENS, f"the judge of --split {pool.SPLIT}")
     args = parser.parse_args(argv)
     names = list(dict.fromkeys(map(download.named, args.names)))
     args.datasets = [name for name in names if name not in models.ALIASES and "/" not in name and dataset.is_dataset(name)]
@@ -72,6 +80,21 @@ class Inputs:
     corpus: Corpus
     queries: dict[str, str]
     qrels: dataset.Qrels
+    pooled: pool.Pool | None = None  # of a test set that an LLM judges
+    judgements: pool.Judgements | None = None  # what it said
+    notes: list[str] = field(default_factory=list)  # what is shown with every figure
+
+    @classmethod
+    def load(cls, ds: str, args: argparse.Namespace) -> "Inputs":
+        corpus = Corpus(ds)
+        if args.split == pool.SPLIT:
+            judged = pool.Pool(ds, corpus, args)
+            return cls(ds, corpus, judged.queries, {}, judged)
+        return cls(ds, corpus, *dataset.load_split(ds, args.split, corpus, args.strict))
+
+    def files(self, split: str) -> list[Path]:
+        """What is read of the dataset, as far as it is there."""
+        return list(dict.fromkeys([*dataset.files(self.name, split), *(self.pooled.files if self.pooled else [])]))
 
     def unfit(self) -> str | None:
         """An id that no TREC file can hold."""
@@ -81,6 +104,9 @@ class Inputs:
 def main(args: argparse.Namespace) -> None:
     options.check_encoding_options(args)
     bm25.check_language(args.language)
+    teachers.check_options(args)
+    if args.split != pool.SPLIT and (args.llm or args.batch or args.dry_run):
+        raise BadInput(f"--llm, --batch and --dry-run are for --split {pool.SPLIT}; no LLM judges the {args.split} split")
     wanted = parse_ks(args.ks) if args.ks is not None else metrics.KS
     datasets = [part for name in args.datasets for part in download.parts(name)]
     refs: dict[tuple[str, str], models.ModelRef] = {}
@@ -93,7 +119,8 @@ def main(args: argparse.Namespace) -> None:
                 refs[model, ds] = models.resolve(model, args.trained_on or ds, name, args.query_prefix, args.passage_prefix)
                 models.check_backend(refs[model, ds], args.backend)
                 forced[model, ds] = lineage.check_fresh(refs[model, ds].weights, args.force)
-        dataset.load_qrels(ds, args.split)
+        if args.split != pool.SPLIT:
+            dataset.load_qrels(ds, args.split)
         names = [refs[model, ds].name for model in args.models if model != "bm25"]
         if len(set(names)) < len(names):
             raise BadInput(f"two models have one short name ({', '.join(names)}), and so the same result files; rename a folder")
@@ -103,10 +130,7 @@ def main(args: argparse.Namespace) -> None:
         if len(args.models) > 1 or None in folders or len(folders) != 1:
             raise BadInput("--push-to-hub takes one model, which is a folder or a checkpoint of this project")
         (checkpoint,) = folders
-    inputs = []
-    for ds in datasets:
-        corpus = Corpus(ds)
-        inputs.append(Inputs(ds, corpus, *dataset.load_split(ds, args.split, corpus, args.strict)))
+    inputs = [Inputs.load(ds, args) for ds in datasets]
     smallest = min((data.corpus for data in inputs), key=len)
     most = cli.at_most("--ks", max(wanted) if args.ks else None, max(wanted), len(smallest), paths.shown(smallest.path))
     ks = tuple(sorted({min(k, most) for k in wanted}))
@@ -124,25 +148,30 @@ def main(args: argparse.Namespace) -> None:
         table[data.name] = {}
         tops: dict[str, dict[str, Hits]] = {}
         tests: list[tuple[str, str, dict[str, float]]] = []
+        runs = {}
         for model in args.models:
             ref = refs.get((model, data.name))
             record = lineage.Record(args, forced.get((model, data.name), []))
-            record.reads(*dataset.files(data.name, args.split), *(ref.weights if ref else []))
-            hits, encoder = retrieve(args, ref, data, max(ks), device)
-            if processes.rank() == 0:
+            record.reads(*data.files(args.split), *(ref.weights if ref else []))
+            runs[model] = record, ref, *retrieve(args, ref, data, max(ks), device)
+        if data.pooled:
+            judge(args, data, {shown(args, ref, model): hits for model, (_, ref, hits, _) in runs.items()}, device)
+        if processes.rank() == 0 and data.qrels:
+            for model, (record, ref, hits, encoder) in runs.items():
                 made, against = measure(args, record, model, ref, data, hits, encoder, ks, table[data.name])
                 table[data.name][model] = made
                 tests += [(model, other, test) for other, test in against.items()]
                 tops[model] = {query: found[: page.SHOWN] for query, found in hits.items()}
-        if processes.rank() == 0:
-            print_table(data, args.split, table[data.name], ks, tests)
+            tables.print_table(data, args.split, table[data.name], ks, tests)
             curves = {model: refs[model, data.name].folder for model in args.models if (model, data.name) in refs}
-            sections.append(page.section(data, args.split, table[data.name], columns(ks), main_of(ks), tests, tops, curves))
-    if processes.rank():
+            sections.append(
+                page.section(data, args.split, table[data.name], tables.columns(ks), tables.main_of(ks), tests, tops, curves)
+            )
+    if processes.rank() or args.dry_run:
         return
-    rows = summary(args, table, ks) if len(datasets) > 1 else []
-    print_summary(rows, main_of(ks))
-    page.write(sections, rows, main_of(ks))
+    rows = tables.summary(args.models, args.datasets, table, ks) if len(datasets) > 1 else []
+    tables.print_summary(rows, tables.main_of(ks))
+    page.write(sections, rows, tables.main_of(ks))
     terminal.say(f"wrote  {paths.shown(paths.report_html())}")
     if checkpoint:
         hub.push(checkpoint, args.push_to_hub)
@@ -162,7 +191,7 @@ def retrieve(
     """Top `k` of every query, its own passage left out where the dataset asks for it; and what decides
     an embedding."""
     drop_self = data.name in dataset.SELF_RETRIEVAL
-    wanted = min(k + drop_self, len(data.corpus))
+    wanted = min((max(k, pool.DEPTH) if data.pooled else k) + drop_self, len(data.corpus))
     found: Iterable[tuple[str, Hits]]
     settings: dict[str, Any] = {}
     if ref:
@@ -177,6 +206,20 @@ def retrieve(
         terminal.say(f"note:  a query of {data.name} is itself a passage; it is left out of its own results, as BEIR does")
         found = ((query, [hit for hit in hits if hit[0] != query][:k]) for query, hits in found)
     return dict(found), settings
+
+
+def shown(args: argparse.Namespace, ref: models.ModelRef | None, model: str) -> str:
+    """The name of a model in files and figures."""
+    return f"{model}-{args.trained_on}" if args.trained_on and models.is_own(model) else ref.name if ref else model
+
+
+def judge(args: argparse.Namespace, data: Inputs, runs: dict[str, dict[str, Hits]], device: str | None) -> None:
+    """Have the pool of the models and of bm25 judged, whether that is named or not."""
+    runs = {"bm25": runs.get("bm25") or retrieve(args, None, data, pool.DEPTH, device)[0], **runs}
+    if processes.rank() == 0 and (found := data.pooled.judge(runs)):
+        data.judgements, data.qrels = found, found.qrels
+        unjudged = ", ".join(f"{name} {found.unjudged(hits):.4f}" for name, hits in runs.items())
+        data.notes += [found.line, f"share of the top {pool.DEPTH} that is not judged: {unjudged}"]
 
 
 def measure(
@@ -195,16 +238,14 @@ def measure(
     ds, qrels = data.name, data.qrels
     measures = metrics.evaluate(qrels, {query: dict(found) for query, found in hits.items()}, ks)
     means = {name: metrics.mean(values) for name, values in measures.items()}
-    shown = ref.name if ref else model
-    if args.trained_on and models.is_own(model):
-        shown = f"{model}-{args.trained_on}"
+    name, judges = shown(args, ref, model), data.judgements
     silent = sum(not hits.get(query) for query in qrels)
     if silent:
-        terminal.say(f"note:  {silent:,} of {len(qrels):,} queries have no result by {shown} and count 0")
-    name = main_of(ks)
-    tests = {other: metrics.paired_test(measures[name], values[name]) for other, values in before.items()}
+        terminal.say(f"note:  {silent:,} of {len(qrels):,} queries have no result by {name} and count 0")
+    main = tables.main_of(ks)
+    tests = {other: metrics.paired_test(measures[main], values[main]) for other, values in before.items()}
     result: dict[str, Any] = {
-        "model": shown,
+        "model": name,
         "checkpoint": ref.where if ref else f"bm25s, k1 0.9, b 0.4, {args.language}",
         "encoder": encoder,
         "dataset": ds,
@@ -215,71 +256,29 @@ def measure(
         "own_passage_left_out": ds in dataset.SELF_RETRIEVAL,
         "measures": means,
         "tests": tests,
-        "per_query": {query: {name: measures[name][query] for name in measures} for query in qrels},
+        "per_query": {query: {measure: measures[measure][query] for measure in measures} for query in qrels},
     }
-    target = {suffix: paths.result(shown, ds, args.split, suffix) for suffix in (".json", ".trec", ".png")}
+    if judges:
+        record.reads(paths.qrels(ds, args.split))
+        result |= {"judged_by": judges.line, "unjudged": judges.unjudged(hits)}
+    target = {suffix: paths.result(name, ds, args.split, suffix) for suffix in (".json", ".trec", ".png")}
     spelt = metrics.trec_id if data.unfit() else str
     with jsonl.atomic(target[".trec"]) as file:
-        for query, found in hits.items():
-            for rank, (passage, score) in enumerate(found, 1):
+        for query in filter(hits.__contains__, qrels):
+            for rank, (passage, score) in enumerate(hits[query], 1):
                 # Nine digits keep a 32-bit float, so that trec_eval sees the ties and the order that were measured.
-                file.write(f"{spelt(query)} Q0 {spelt(passage)} {rank} {score:.9g} {shown}\n".encode())
+                file.write(f"{spelt(query)} Q0 {spelt(passage)} {rank} {score:.9g} {name}\n".encode())
     jsonl.write_json(target[".json"], result)
-    title = f"{ds}, {args.split} split, {len(qrels)} queries"
-    pictures.compare({**before, model: measures}, ks, name, target[".png"], title)
+    title = f"{ds}, {args.split} split, {len(qrels)} queries" + (f", judged by {judges.llm}" if judges else "")
+    pictures.compare({**before, model: measures}, ks, main, target[".png"], title)
     record.write(target[".json"], **means)
     terminal.say(f"wrote  {paths.shown(target['.json'])}, .trec, .png")
     if ref and ref.folder and models.is_own(model):
-        how = f"{encoder['max_length']} tokens, {encoder['backend']}, {encoder['dtype']}"
-        hub.add_scores(ref.folder, ds, args.split, how, {name: means[name] for name in columns(ks)})
+        how = f"{encoder['max_length']} tokens, {encoder['backend']}, {encoder['dtype']}" + (
+            f", judged by {judges.llm}, an LLM" if judges else ""
+        )
+        hub.add_scores(ref.folder, ds, args.split, how, {column: means[column] for column in tables.columns(ks)})
     return measures, tests
-
-
-def main_of(ks: tuple[int, ...]) -> str:
-    """The measure that tests and pictures are about: nDCG@10, or the nearest cut-off there is."""
-    return f"nDCG@{min(ks, key=lambda k: (abs(k - 10), k))}"
-
-
-def columns(ks: tuple[int, ...]) -> list[str]:
-    """The measures that are shown; all are in the result files."""
-    return [*(f"nDCG@{k}" for k in ks), f"MAP@{max(ks)}", f"Recall@{max(ks)}", f"MRR@{main_of(ks).split('@')[1]}"]
-
-
-def print_table(
-    data: Inputs, split: str, table: dict[str, Measures], ks: tuple[int, ...], tests: list[tuple[str, str, dict[str, float]]]
-) -> None:
-    width = max(map(len, table)) + 2
-    own = "; a query's own passage is left out" if data.name in dataset.SELF_RETRIEVAL else ""
-    terminal.say(f"\n{data.name}, {split} split, mean over {len(data.qrels)} queries (a query without results counts 0{own})")
-    terminal.say("".ljust(width) + "".join(column.rjust(11) for column in columns(ks)))
-    for model, measures in table.items():
-        terminal.say(model.ljust(width) + "".join(f"{metrics.mean(measures[column]):11.4f}" for column in columns(ks)))
-    if tests:
-        terminal.say(f"\npaired test on {main_of(ks)}: difference [95% bootstrap interval], two-sided p of a randomisation test")
-    for new, old, test in tests:
-        terminal.say(f"{new} - {old}: {test['difference']:+.4f} [{test['low']:+.4f}, {test['high']:+.4f}], p = {test['p']:.4f}")
-    terminal.say()
-
-
-def summary(args: argparse.Namespace, table: dict[str, dict[str, Measures]], ks: tuple[int, ...]) -> list[list[Any]]:
-    """Header, then a row per model: its main measure on every dataset that was named, and the average.
-    CQADupStack counts once, with the mean of its forums."""
-    name = main_of(ks)
-    rows: list[list[Any]] = [["", *args.datasets, "average"]]
-    for model in args.models:
-        of_parts = [[metrics.mean(table[part][model][name]) for part in download.parts(ds)] for ds in args.datasets]
-        values = [sum(values) / len(values) for values in of_parts]
-        rows.append([model, *values, sum(values) / len(values)])
-    return rows
-
-
-def print_summary(rows: list[list[Any]], name: str) -> None:
-    if rows:
-        widths = [max(len(str(row[0])) for row in rows) + 2, *(max(11, len(ds) + 2) for ds in rows[0][1:])]
-        terminal.say(f"{name} by dataset")
-        for row in rows:
-            cells = [cell if isinstance(cell, str) else f"{cell:.4f}" for cell in row]
-            terminal.say(cells[0].ljust(widths[0]) + "".join(map(str.rjust, cells[1:], widths[1:])))
 
 
 if __name__ == "__main__":

@@ -216,6 +216,41 @@ def test_status_names_commands_that_work(home, tiny_encoder, typed):
     assert digest(home / "output" / "mine-sft-tiny" / "model.safetensors") != before
 
 
+def without_labels(body):
+    """Queries of the first words of a passage, and grades."""
+    prompt = body["messages"][0]["content"]
+    if prompt.startswith("Write search queries"):
+        words = re.search(r"\n<(\S+)>\n(.*?)\n</\1>", prompt, re.S)[2].split()
+        return f"question: How does {' '.join(words[:4])} work?\nkeywords: {' '.join(words[4:8])}"
+    return "\n".join(f"{n}: {len(text) % 4}" for n, text in enumerate(re.findall(r"\nPassage \d+:\n.*?\n(.*)", prompt), 1))
+
+
+DOCUMENTS = [
+    "python datasets/generate_queries.py notes",
+    "python retrieval.py e5 notes --fuse",
+    f"python {COMPARISON} notes --graded --model e5",
+    "python train_stage1.py e5 notes --judgements llm",
+    "python evaluate.py bm25 e5 e5-sft notes --split judged",
+]
+
+
+@pytest.mark.parametrize("by", ["status", "next"])
+def test_documents_alone_lead_to_a_measured_retriever(home, server, typed, follow, docstrings, by):
+    server.reply = without_labels
+    write_jsonl(paths.corpus("notes"), [{"_id": name, "text": text} for name, _, text in docstrings])
+    if by == "next":
+        done = follow(DOCUMENTS[0])
+        assert [shlex.split(command)[1] for command in done] == [shlex.split(command)[1] for command in DOCUMENTS]
+    for command in DOCUMENTS if by == "status" else ():
+        code, out, err = typed(f"python {STATUS} notes")
+        assert (code, NEXT.findall(out)) == (0, [command]), err
+        code, _, err = typed(command)
+        assert code == 0, err
+    code, out, _ = typed(f"python {STATUS} notes")
+    assert "e5 is complete" in out
+    assert not re.search("^(stale|missing)", out, re.M)
+
+
 def test_pydocs_names_its_builder(tmp_path, monkeypatch, run_script):
     monkeypatch.setenv("SYNTRIEVER_HOME", str(tmp_path))
     code, _, err = run_script(SYNTHESIS, "pydocs", "--llm", "replay")

@@ -130,6 +130,12 @@ class Corpus:
         position = self.position(passage_id) if self.repeats else None
         return passage_id if position is None else self.id(self.twin(position))
 
+    def same_text(self, passage_id: str) -> list[str]:
+        """Ids of all passages with the text of one, which is the first of them."""
+        position = self.position(passage_id)
+        others = self._repeats[self._firsts == position].tolist() if self.repeats else []
+        return [passage_id, *map(self.id, others)]
+
     def distinct(self, passage_ids: Iterable[str]) -> Iterator[str]:
         """The ids without those whose text one before them has."""
         seen: set[str] = set()

@@ -72,6 +72,13 @@ def load(ds: str, wanted: str | None, corpus: Corpus | None = None, strict: bool
     return made
 
 
+def reserved(ds: str) -> dict[str, str]:
+    """The queries that never train: the test set of `--split judged` where the dataset has no test split."""
+    made = Training()
+    _add_unjudged(made, ds, KINDS)
+    return made.reserved
+
+
 def default_judgements(ds: str, queries: str | None) -> str:
     """`gold` where the chosen training queries have gold judgements (or may have: the dataset is not downloaded yet)."""
     labels = paths.qrels(ds, "train").is_file() or not paths.dataset(ds).is_dir()
@@ -99,16 +106,16 @@ def gold_splits(ds: str) -> list[Path]:
 
 
 def _add_unjudged(made: Training, ds: str, kinds: tuple[str, ...]) -> None:
-    """Add the queries of the log and the generated ones."""
+    """Add the queries of the log and the generated ones. What is reserved does not depend on the `kinds` that train."""
     texts = dataset.load_queries(ds) if paths.queries(ds).is_file() else {}
     splits = gold_splits(ds)
     judged = {query for path in splits for query in dataset.load_qrels(ds, path.stem)}
     taken = {normal(texts[query]) for query in judged & texts.keys()}
     found: list[tuple[str, Path, Iterable[tuple[str, str, str]]]] = []
-    if "log" in kinds and texts:
+    if texts:
         found.append(("log", paths.queries(ds), ((q, text, "") for q, text in texts.items() if q not in judged)))
     generated = paths.generated(ds)
-    if "generated" in kinds and generated.is_file():
+    if generated.is_file():
         rows = jsonl.read(generated, GENERATED)
         found.append(("generated", generated, ((row["query_id"], row["query"], row["passage_id"]) for row in rows)))
     for kind, path, queries in found:
@@ -120,9 +127,10 @@ def _add_unjudged(made: Training, ds: str, kinds: tuple[str, ...]) -> None:
                 continue
             taken.add(plain)
             test = fold(source or plain) == TEST and not paths.qrels(ds, "test").is_file()
-            (made.reserved if test else made.queries)[query] = text
-            if source:
-                made.sources[query] = source
+            if test or kind in kinds:
+                (made.reserved if test else made.queries)[query] = text
+                if source:
+                    made.sources[query] = source
         if len(made.queries) > before:
             made.kinds.append(kind)
             made.files += [each for each in (path, *splits) if each not in made.files]

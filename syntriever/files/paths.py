@@ -63,6 +63,16 @@ def generated(ds: str) -> Path:
     return home() / "datasets" / f"{check_name(ds)}_generated.jsonl"
 
 
+def judged(ds: str) -> Path:
+    """Grades of an LLM for the pool of `evaluate.py --split judged`: what `qrels/judged.tsv` is made from."""
+    return home() / "datasets" / f"{check_name(ds)}_judged.jsonl"
+
+
+def judged_ledger(ds: str) -> Path:
+    """Every reply that the judging of that pool received."""
+    return home() / "datasets" / f"{check_name(ds)}_judged.ledger.jsonl"
+
+
 def model_output(name: str) -> Path:
     return home() / "output" / check_name(name, "model")
 

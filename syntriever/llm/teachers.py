@@ -56,9 +56,9 @@ def make_teacher(name: str, ds: str, output: Path, args: argparse.Namespace) -> 
     return teacher
 
 
-def add_options(parser: argparse.ArgumentParser, verdict_max_tokens: int | None) -> None:
-    """Options of the LLM stages; None where a stage asks for no verdict."""
-    group = parser.add_argument_group("teacher")
+def add_options(parser: argparse.ArgumentParser, verdict_max_tokens: int | None, title: str = "teacher") -> None:
+    """Options of the LLM stages, and of an evaluation that an LLM judges; None where a stage asks for no verdict."""
+    group = parser.add_argument_group(title)
     group.add_argument(
         "--llm",
         help="gpt-4o or any model of the server; replay (recorded answers); smollm2, hf:<Hub id> or a folder (runs here). "

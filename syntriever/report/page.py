@@ -66,12 +66,13 @@ def section(
     tops: dict[str, dict[str, Hits]],
     folders: dict[str, Path | None],
 ) -> str:
-    """All about one dataset. `data` has its corpus, queries and judgements; `tops` the first passages
+    """All about one dataset. `data` has its corpus, queries, judgements and notes on these; `tops` the first passages
     of each query by model; `folders` the checkpoints."""
     rows = [[model, *(metrics.mean(measures[column]) for column in columns)] for model, measures in table.items()]
     parts = [
         f"<h2>{escape(data.name)}, {escape(split)} split</h2>",
         f"<p>Mean over {len(data.qrels)} queries, {len(data.corpus):,} passages. A query without results counts 0.</p>",
+        *(f"<p>{escape(note)}</p>" for note in data.notes),
         _table(["", *columns], rows),
     ]
     trained = [model for model in table if model in folders] or list(table)
