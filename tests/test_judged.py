@@ -273,7 +273,7 @@ def test_recorded_rankings_judge_the_queries_that_they_have(notes, judged):
     found = dataset.load_qrels("notes", "judged")
     assert found == {query: {p: int(p == relevant) for p in found[query]}}
     assert set(top) <= set(found[query])
-    assert "judged by an LLM (replay), not by a person" in out
+    assert "judged by an LLM (recorded answers), not by a person" in out
     assert f"{len(kept) - 1} of {len(kept)} queries have no judgement" in out
     assert "datasets/notes/recorded/preferences.jsonl" in lineage.load_record(paths.judged("notes"))["inputs"]
 

@@ -81,7 +81,8 @@ def reserved(ds: str) -> dict[str, str]:
 
 def default_judgements(ds: str, queries: str | None) -> str:
     """`gold` where the chosen training queries have gold judgements (or may have: the dataset is not downloaded yet)."""
-    labels = paths.qrels(ds, "train").is_file() or not paths.dataset(ds).is_dir()
+    train = paths.qrels(ds, "train")
+    labels = os.path.lexists(train) or train.parent.is_file() or not paths.dataset(ds).is_dir()  # unreadable is not none
     return "gold" if labels and queries in (None, "gold") else "llm"
 
 

@@ -41,7 +41,8 @@ class Judgements:
     def line(self) -> str:
         """Who judged: no figure is shown without it."""
         grades = "of its grades 0 to 3, 2 and 3 count as relevant, as 1 and 2"
-        return f"judged by an LLM ({self.llm}), not by a person; {grades}"
+        who = "recorded answers" if self.llm == "replay" else self.llm
+        return f"judged by an LLM ({who}), not by a person; {grades}"
 
     def unjudged(self, hits: dict[str, Hits]) -> float:
         """Share of the top `DEPTH` of a model that has no judgement."""
