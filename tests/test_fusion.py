@@ -88,7 +88,7 @@ def test_candidates_are_the_fusion_of_all_sources(home, tiny_encoder, docstrings
             view = np.vstack([library(model, [text], "query"), library(model, texts, "document")]).mean(0)
             runs["texts"] = ranking(corpus, passages @ view)
         runs["bm25"] = list(dict.fromkeys(map(corpus.first_id, lexical[query])))
-        order, scores = by_fractions(list(runs.values()), [1] * len(runs), 60)
+        order, scores = by_fractions(list(runs.values()), [2 if name == "texts" else 1 for name in runs], 60)
         found = made[query]["passages"]
         assert made[query]["query"] == text
         assert [p["id"] for p in found] == order[:8]
