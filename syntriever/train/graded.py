@@ -21,11 +21,11 @@ from syntriever.data.corpus import Corpus
 from syntriever.encode import models
 from syntriever.errors import BadInput
 from syntriever.files import jsonl, paths
+from syntriever.llm.grading import RELEVANT
 from syntriever.run import lineage, processes, terminal
 from syntriever.train import bank, batching, checkpoint, frozen, journal, loop, losses
 from syntriever.train.candidates import ABSENT
 
-RELEVANT = 2.0  # grade from which a passage counts as judged relevant
 GOLD = 3.0  # grade of a gold passage (`--judgements both`)
 MOST = 32  # judged passages of a query at most, the best ones
 
@@ -228,7 +228,7 @@ def train(
     some = sum(map(bool, judged.relevant))
     terminal.say(
         f"read   {len(judged.names):,} training queries with {judged.there.sum():,} judged passages; "
-        f"{some:,} have one of grade {RELEVANT:g} or more"
+        f"{some:,} have one of grade {RELEVANT} or more"
     )
     resume = checkpoint.find(output, record, args)
     model = models.load(ref, processes.start(args.device))
