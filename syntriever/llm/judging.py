@@ -45,7 +45,7 @@ class Graded:
         recorded = paths.recordings(paths.recorded(self._args.dataset))[1]
         same = {"llm", *grading.settings(False, False), paths.shown(self._corpus.path), paths.shown(recorded)}
         decisive = {name: value for name, value in settings.items() if name in same}
-        self._before = Carried(self._args.dataset, decisive, self._corpus, leave_out)
+        self._before = Carried(self._args.dataset, decisive, leave_out)
         for path in self._before.files:
             terminal.say(f"note:  what {paths.shown(path)} has is not asked again: the same judge, asked in the same way")
 
@@ -84,22 +84,23 @@ def candidates_of(row: jsonl.Row, corpus: Corpus, k: int, source: str | None = N
 
 class Carried:
     """Grades of earlier files for the same dataset: those for the candidates of other models, and those that `--force` set
-    aside. Only files count whose record has the same `settings`. Queries and passages go by their text.
+    aside. Only files count whose record has the same `settings`, the corpus among them. Queries go by their text; passages have
+    the id of the first with their text in every such file.
 
     Memory does not grow with the grades.
     """
 
-    def __init__(self, ds: str, settings: dict[str, Any], corpus: Corpus, leave_out: Path | None) -> None:
+    def __init__(self, ds: str, settings: dict[str, Any], leave_out: Path | None) -> None:
         self.files = [path for path in _judgements(ds) if path != leave_out and _made_with(path, ds, settings)]
         self._grades = jsonl.scratch("grade (query TEXT, passage TEXT, grade REAL, odds REAL, PRIMARY KEY (query, passage))")
         for path in self.files:
             for row in jsonl.read(path, {"query": str, "grades": dict}, torn=True):  # another run may be at work
                 odds = row.get("log_odds") or {}
-                found = ((normal(row["query"]), corpus.first_id(p), grade, odds.get(p)) for p, grade in row["grades"].items())
+                found = ((normal(row["query"]), p, grade, odds.get(p)) for p, grade in row["grades"].items())
                 self._grades.executemany("INSERT OR IGNORE INTO grade VALUES (?, ?, ?, ?)", found)
 
     def of(self, query: str) -> dict[str, dict[str, float]]:
-        """{"grades": {passage id: grade}, "log_odds": ...} of a query, by the id of the first passage with each text."""
+        """{"grades": {passage id: grade}, "log_odds": ...} of a query."""
         rows = self._grades.execute("SELECT passage, grade, odds FROM grade WHERE query = ?", [normal(query)]).fetchall()
         odds = {passage: value for passage, _, value in rows if value is not None}
         return {"grades": {passage: grade for passage, grade, _ in rows}, "log_odds": odds}
