@@ -246,6 +246,13 @@ def test_a_tenth_is_held_out_by_text_and_the_rest_is_as_it_was_judged(judge):
     assert (len(everything.names), nothing.names) == (len(judge), [])
 
 
+def test_where_all_queries_would_be_held_out_all_train(judge):
+    (_, held), _ = loaded()
+    write_jsonl(paths.judgements(TINY, "tiny"), [row for row in judge if row["query_id"] in held.names])
+    (train, nothing), _ = loaded()
+    assert (train.names, nothing.names) == (held.names, [])
+
+
 def test_both_gives_gold_passages_the_best_grade_and_judged_ones_keep_theirs(judge, home):
     judge[0]["grades"] = {judge[1]["query_id"][2:]: 2.0, judge[2]["query_id"][2:]: 0.0}  # its gold passage was not shown
     write_jsonl(paths.judgements(TINY, "tiny"), judge[:1])

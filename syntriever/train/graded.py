@@ -88,7 +88,8 @@ def load(source: Path, train: training.Training, corpus: Corpus, gold: bool, hol
     if not chosen:
         raise BadInput(f"{paths.shown(source)} has no judgement of a training query")
     held = [query for query in chosen if hold_out and train.held_out(query)]
-    return tuple(_table(names, found, train) for names in (sorted({*chosen} - {*held}), held))  # type: ignore[return-value]
+    held = held if len(held) < len(chosen) else []  # of a handful, all may fall on that side
+    return _table(sorted({*chosen} - {*held}), found, train), _table(held, found, train)
 
 
 def _table(names: list[str], found: dict[str, dict[int, tuple[float, float]]], train: training.Training) -> Judged:
