@@ -21,7 +21,7 @@ from syntriever.files import jsonl, paths
 from syntriever.run import cli, lineage, options, processes, terminal
 from syntriever.train import checkpoint
 from syntriever.train.candidates import ignored_candidates, known_in_batch, score_candidates, share_of_gold
-from syntriever.train.losses import corpus_contrast, view_distillation
+from syntriever.train.losses import ORDERS, corpus_contrast, view_distillation
 from syntriever.train.study_losses import authors_of, cluster_loss
 
 if TYPE_CHECKING:
@@ -77,7 +77,6 @@ def info_nce_of(scores: Tensor, own: Tensor) -> Tensor:
 # Name -> function of what `score_candidates` returns, or None: `make_loss` has a branch for it.
 LOSSES = {"snn": snn_of, "infonce": info_nce_of, "authors": authors_of, "cluster": None, "distill": None}
 WITHOUT_TEXTS = {"infonce"}
-GRADED = ("listwise", "plackett-luce")  # on judgements of an LLM (syntriever/train/graded.py)
 
 # -----------------------------------------------------------------------------------------------
 
@@ -101,7 +100,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     training.add_option(parser)
     parser.add_argument(
         "--loss",
-        choices=(*LOSSES, *GRADED),
+        choices=(*LOSSES, *ORDERS),
         help="snn: the paper's; infonce: gold passages only; cluster: all views drawn to the gold passage; "
         "authors: what the authors' code computes; distill: gold passages against the batch and the corpus, and the LLM's "
         "texts teach the query which passages of the corpus are near (default: distill, of a late-interaction encoder cluster). "
@@ -183,9 +182,9 @@ def main(args: argparse.Namespace) -> None:
     on_gold = args.judgements == "gold"
     args.lr = args.lr or (1e-4 if on_gold else 5e-5)
     args.loss = args.loss or ("listwise" if not on_gold else "cluster" if ref.late else "distill")
-    if (args.loss in GRADED) == on_gold:
+    if (args.loss in ORDERS) == on_gold:
         raise BadInput(f"--loss {args.loss} does not go with --judgements {args.judgements}; see --help")
-    if ref.late and args.loss in ("distill", *GRADED):
+    if ref.late and args.loss in ("distill", *ORDERS):
         remedy = "a late-interaction encoder trains on gold judgements, with --loss snn or cluster"
         raise BadInput(f"--loss {args.loss} needs one vector a text; {remedy}")
     if args.view_weight is None:

@@ -21,6 +21,7 @@ from syntriever.errors import BadInput
 from syntriever.files import jsonl, paths
 from syntriever.run import cli, lineage, options, processes, terminal
 from syntriever.train import checkpoint
+from syntriever.train.losses import ORDERS
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -101,7 +102,6 @@ def kl_of(scores: Tensor, reference: Tensor) -> Tensor:
     return (ours.exp() * (ours - theirs)).sum(1).mean()
 
 
-GRADED = ("listwise", "plackett-luce")  # on grades (syntriever/train/graded.py)
 LOSSES = {"partial-plackett-luce": plackett_luce_of, "bradley-terry": bradley_terry_of}
 
 # -----------------------------------------------------------------------------------------------
@@ -116,7 +116,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     dataset.add_argument(parser)
     training.add_option(parser)
     what = "of preferences: bradley-terry (their default) or the paper's partial-plackett-luce; of grades: listwise (theirs) or "
-    parser.add_argument("--loss", choices=(*LOSSES, *GRADED), help=what + "plackett-luce")
+    parser.add_argument("--loss", choices=(*LOSSES, *ORDERS), help=what + "plackett-luce")
     parser.add_argument(
         "--beta", type=float, default=0.1, help="weight of the KL to stage 1; 0 switches it off (default: %(default)s)"
     )
@@ -206,7 +206,7 @@ def main(args: argparse.Namespace) -> None:
         command = terminal.command("stage2/parse_comparison.py", typed, model=args.model, name=args.name)
         raise BadInput(f"{paths.shown(source)} is not there. Run: {command}")
     args.loss = args.loss or ("listwise" if on_grades else "bradley-terry")
-    if (args.loss in GRADED) != on_grades:
+    if (args.loss in ORDERS) != on_grades:
         raise BadInput(f"--loss {args.loss} does not go with --judgements {args.judgements}; see --help")
     dataset.ensure(args.dataset)
     final = f"{ref.name.removesuffix('-sft')}-final"

@@ -2,8 +2,12 @@
 
 import argparse
 import json
+import os
 import random
 import re
+import signal
+import subprocess
+import sys
 import time
 from collections import Counter
 
@@ -107,3 +111,18 @@ def numbers(prompt):
 def smaller(prompt):
     first, second = numbers(prompt)
     return "1" if first < second else "2"
+
+
+def kill_often(ledger, rng, kills, most, *command):
+    """Run a script again and again, and kill it each time the ledger has grown by up to `most` bytes."""
+    pipe = subprocess.PIPE
+    command = [sys.executable, "-c", LAUNCHER, *map(str, command)]
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, text=True, bufsize=1) as launcher:
+        for _ in range(kills):
+            target = (ledger.stat().st_size if ledger.exists() else 0) + rng.randint(1, most)
+            launcher.stdin.write("\n")
+            process = int(launcher.stdout.readline())
+            wait_for(lambda size=target: ledger.exists() and ledger.stat().st_size >= size)
+            os.killpg(process, signal.SIGKILL)
+            assert int(launcher.stdout.readline()) == -signal.SIGKILL
+        launcher.stdin.close()

@@ -2,12 +2,8 @@
 
 import itertools
 import json
-import os
 import random
 import re
-import signal
-import subprocess
-import sys
 import time
 from collections import Counter
 
@@ -15,7 +11,7 @@ import pytest
 from conftest import ROOT, load_script, write_jsonl
 from hypothesis import example, given
 from hypothesis import strategies as st
-from llm_lab import LAUNCHER, prompt_of, rows, wait_for
+from llm_lab import kill_often, prompt_of, rows
 from llm_server import LLMServer
 from test_data import file_size_limit
 
@@ -412,17 +408,9 @@ def test_killed_at_random_moments_it_ends_in_the_same_file(ports, run):
             path.unlink()
         server.requests.clear()
         server.latency = 0.02
-        command = [sys.executable, "-c", LAUNCHER, ROOT / GENERATION, "tiny", "--llm", "judge", "--base-url", server.url]
-        command, pipe = [*command, "--concurrency", str(concurrency)], subprocess.PIPE
-        with subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, text=True, bufsize=1) as launcher:
-            for _ in range(kills):
-                target = (ledger.stat().st_size if ledger.exists() else 0) + rng.randint(1, 6_000)
-                launcher.stdin.write("\n")
-                process = int(launcher.stdout.readline())
-                wait_for(lambda size=target: ledger.exists() and ledger.stat().st_size >= size)
-                os.killpg(process, signal.SIGKILL)
-                assert int(launcher.stdout.readline()) == -signal.SIGKILL
-            launcher.stdin.close()
+        command = [ROOT / GENERATION, "tiny", "--llm", "judge"]
+        command += ["--base-url", server.url, "--concurrency", concurrency]
+        kill_often(ledger, rng, kills, 6_000, *command)
         assert output.read_bytes() != calm
         run(server, GENERATION)
     assert output.read_bytes() == calm

@@ -2,20 +2,16 @@
 
 import json
 import math
-import os
 import random
 import re
 import shutil
-import signal
-import subprocess
-import sys
 import time
 from collections import Counter
 from dataclasses import replace
 
 import pytest
 from conftest import ROOT, make_dataset, write_jsonl
-from llm_lab import COMPARISON, LAUNCHER, prompt_of, retrieve, rows, wait_for
+from llm_lab import COMPARISON, kill_often, prompt_of, retrieve, rows
 from llm_server import Answer, LLMServer, failure, said
 
 from syntriever.files import paths
@@ -470,17 +466,9 @@ def test_killed_at_random_moments_it_ends_in_the_same_rows(lab, run):
             path.unlink()
         server.requests.clear()
         server.latency = 0.03
-        command = [sys.executable, "-c", LAUNCHER, ROOT / COMPARISON, "tiny", "--model", "e5", "--graded", "--llm", "judge"]
-        command, pipe = [*command, "--base-url", server.url, "--concurrency", str(concurrency)], subprocess.PIPE
-        with subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, text=True, bufsize=1) as launcher:
-            for _ in range(kills):
-                target = (ledger.stat().st_size if ledger.exists() else 0) + rng.randint(1, 5_000)
-                launcher.stdin.write("\n")
-                process = int(launcher.stdout.readline())
-                wait_for(lambda size=target: ledger.exists() and ledger.stat().st_size >= size)
-                os.killpg(process, signal.SIGKILL)
-                assert int(launcher.stdout.readline()) == -signal.SIGKILL
-            launcher.stdin.close()
+        command = [ROOT / COMPARISON, "tiny", "--model", "e5", "--graded", "--llm", "judge"]
+        command += ["--base-url", server.url, "--concurrency", concurrency]
+        kill_often(ledger, rng, kills, 5_000, *command)
         assert len(rows(ledger)) < 150
         run(server, COMPARISON, "--graded")
     assert graded() == calm

@@ -15,6 +15,8 @@ from syntriever.run import terminal
 
 KINDS = ("gold", "log", "generated")
 
+JUDGED = "judged"  # the split that an LLM judges
+
 GENERATED: dict[str, type | tuple[type, ...]] = {"query_id": str, "query": str, "kind": str, "passage_id": str}
 
 # Tenths of the queries without judgements: one chooses the best epoch, one is a test set where the dataset has none.
@@ -98,12 +100,12 @@ def judgements(ds: str, name: str, model: str, given_name: str | None, queries: 
 
 def test_split(ds: str) -> str | None:
     """What `--split` has to name where a dataset has no test judgements of its own."""
-    return None if paths.qrels(ds, "test").is_file() else "judged"
+    return None if paths.qrels(ds, "test").is_file() else JUDGED
 
 
 def gold_splits(ds: str) -> list[Path]:
     """The judgements that came with a dataset, of all splits."""
-    return [path for path in sorted(paths.qrels(ds, "train").parent.glob("*.tsv")) if path.stem != "judged"]
+    return [path for path in sorted(paths.qrels(ds, "train").parent.glob("*.tsv")) if path.stem != JUDGED]
 
 
 def _add_unjudged(made: Training, ds: str, kinds: tuple[str, ...]) -> None:

@@ -16,7 +16,7 @@ from syntriever.llm.replay import ReplayTeacher
 from syntriever.llm.rows import append_rows, check_failures
 from syntriever.run import lineage, processes, terminal
 
-SPLIT = "judged"
+SPLIT = training.JUDGED
 
 DEPTH = 10  # passages of each model that go into the pool
 

@@ -148,13 +148,6 @@ def trust(start: np.ndarray, judged: Judged, known: Sequence[int | None]) -> flo
     return None if alone >= tried[best] else best
 
 
-# Name -> what the order of the judged passages costs: of (Q, K) scores, teacher's logits, grades and which are there.
-ORDERS: dict[str, Callable[..., Tensor]] = {
-    "listwise": lambda scores, teacher, grades, there: losses.listwise_cross_entropy(scores, teacher, there),
-    "plackett-luce": lambda scores, teacher, grades, there: losses.plackett_luce_groups(scores, grades, there),
-}
-
-
 def make_loss(
     args: argparse.Namespace,
     judged: Judged,
@@ -196,7 +189,7 @@ def make_loss(
         by_position = scores[:, torch.from_numpy(order).to(device)]
         own = scores.gather(1, columns)
         given = (torch.from_numpy(table[rows]).to(device) for table in (teacher, judged.grades))
-        parts = {"order": ORDERS[args.loss](own, *given, there)}
+        parts = {"order": losses.ORDERS[args.loss](own, *given, there)}
         parts["contrast"] = losses.graded_contrast(by_position, *masks)
         # Of the corpus: what is near to a query, as the starting encoder embeds it.
         passages, _, masks = compared(np.unique(np.concatenate([looks_at.top[rows].ravel(), positions])))

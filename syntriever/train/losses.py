@@ -5,6 +5,7 @@ Scores are cos / temperature. Pure functions; `train_stage1.py` and `train_stage
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from syntriever.encode import models
@@ -110,3 +111,11 @@ def near_positives(cosines: Tensor, relevant: Tensor, judged: Tensor, share: flo
 def mean_of(costs: Tensor, used: Tensor) -> Tensor:
     """Mean of the used ones of (Q,) costs; 0 where none is."""
     return costs.masked_fill(~used, 0.0).sum() / used.sum().clamp(min=1)
+
+
+# `--loss` on grades -> what the order of the judged passages costs: of (Q, K) scores, teacher's logits, grades and which are
+# there.
+ORDERS: dict[str, Callable[..., Tensor]] = {
+    "listwise": lambda scores, teacher, grades, there: listwise_cross_entropy(scores, teacher, there),
+    "plackett-luce": lambda scores, teacher, grades, there: plackett_luce_groups(scores, grades, there),
+}
