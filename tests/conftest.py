@@ -1,10 +1,12 @@
 """A tiny dataset from real docstrings, a tiny random encoder, and a way to run a script in-process."""
 
+import contextlib
 import hashlib
 import importlib.util
 import itertools
 import json
 import os
+import resource
 import shutil
 import sys
 import sysconfig
@@ -24,6 +26,17 @@ def log_of(folder):
 
 def digest(path):
     return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+@contextlib.contextmanager
+def file_size_limit(size):
+    """A full disk: no file grows beyond `size` bytes (Python ignores SIGXFSZ, so writing raises)."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def load_script(path):

@@ -70,14 +70,16 @@ def default_verdict(prompt: str, digest: bytes) -> str | None:
 
 
 def default_reply(body: Body, verdict: Callable[[str, bytes], str | None] = default_verdict) -> str:
-    """A verdict, the lines that a prompt ends in (`label: ...`) filled in, or a passage of 34 words; always the same for the
-    same messages."""
+    """A verdict, the lines that a prompt ends in (`label: ...`) filled in, a grade a line, or a passage of 34 words; always
+    the same for the same messages."""
     digest = bytes.fromhex(request_key(body["messages"]))
     prompts = [str(message.get("content")) for message in body["messages"] if message.get("role") == "user"]
     passage = f"Passage {digest.hex()[:8]}: {' '.join(WORDS[byte % len(WORDS)] for byte in digest)}."
     labels = re.findall(r"^(\w+): \.\.\.$", prompts[-1], re.M) if prompts else []
     lines = (f"{label}: {WORDS[digest[n] % len(WORDS)]} {digest.hex()[:8]} {n}" for n, label in enumerate(labels))
-    return "\n".join(lines) or (verdict(prompts[-1], digest) if prompts else None) or passage
+    graded = re.search(r"one line for each of the (\d+) passages", prompts[-1]) if prompts else None
+    grades = (f"{n}: {digest[n % 32] % 4}" for n in range(1, int(graded[1]) + 1 if graded else 0))
+    return "\n".join((*lines, *grades)) or (verdict(prompts[-1], digest) if prompts else None) or passage
 
 
 def failure(status: int, message: str, code: str | None, headers: Mapping[str, str] = {}) -> Answer:

@@ -39,6 +39,8 @@ FAULTS = {
 SHORT = ["--max-length", "24", "--device", "cpu"]
 TRAINING = [*SHORT, "--epochs", "1", "--dev-pool", "100", "--save-minutes", "0.05", "--resume"]
 
+WRITTEN = ["--queries", "generated", "--name", "minilm-free"]  # beside those with labels
+
 # Name, command, and the size in bytes of a file at which its disk is full.
 STAGES: list[tuple[str, list[str], int]] = [
     ("build", ["datasets/build_pydocs.py"], 100_000),
@@ -53,6 +55,10 @@ STAGES: list[tuple[str, list[str], int]] = [
     ),
     ("stage 2", ["train_stage2.py", "minilm-sft", "pydocs", *TRAINING], 30_000_000),
     ("evaluation", ["evaluate.py", "minilm-final", "pydocs", *SHORT], 100_000),
+    ("candidates", ["retrieval.py", "minilm", "pydocs", *WRITTEN, "--fuse", *SHORT], 50_000),
+    ("grading", ["stage2/parse_comparison.py", "pydocs", "--model", "minilm", *WRITTEN, "--graded", "LLM"], 20_000),
+    ("graded stage 1", ["train_stage1.py", "minilm", "pydocs", *WRITTEN, "--judgements", "llm", *TRAINING], 30_000_000),
+    ("judged evaluation", ["evaluate.py", "minilm", "minilm-free-sft", "pydocs", "--split", "judged", *SHORT, "LLM"], 20_000),
 ]
 
 
@@ -85,10 +91,12 @@ def outcome(home: Path) -> dict[str, Any]:
     }
     found["generated"] = sha256(home / "datasets/pydocs_generated.jsonl")  # put in order when it is complete
     found["synthetic"] = rows(home / "datasets/pydocs_synthetic.jsonl", "query_id", "cot", "positive", "negative", "verified")
-    for name in ("minilm-sft-pydocs", "minilm-final-pydocs"):
+    for name in ("minilm-sft-pydocs", "minilm-final-pydocs", "minilm-free-sft-pydocs"):
         found[name] = sha256(home / "output" / name / "model.safetensors")
     found["top"] = sha256(home / "stage2/minilm-sft_pydocs_top100.jsonl")
     found["preferences"] = rows(home / "stage2/minilm-sft_pydocs_preferences.jsonl", "query_id", "preferred_id", "rejected_id")
+    found["grades"] = rows(home / "stage2/minilm-free_pydocs_judgements.jsonl", "query_id", "grades")
+    found["judged"] = sha256(home / "datasets/pydocs/qrels/judged.tsv")
     measured = json.loads((home / "results/minilm-final_pydocs_test.json").read_text())
     return found | {"measures": measured["per_query"]}
 

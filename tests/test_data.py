@@ -7,7 +7,6 @@ import itertools
 import os
 import platform
 import random
-import resource
 import stat
 import subprocess
 import sys
@@ -18,7 +17,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
 import pytest
-from conftest import ROOT, load_script, write_jsonl
+from conftest import ROOT, file_size_limit, load_script, write_jsonl
 
 from syntriever.data import dataset, download
 from syntriever.data.corpus import Corpus
@@ -39,17 +38,6 @@ def data(tmp_path, monkeypatch):
     monkeypatch.setenv("SYNTRIEVER_HOME", str(tmp_path))
     (tmp_path / "datasets").mkdir()
     return tmp_path
-
-
-@contextlib.contextmanager
-def file_size_limit(size):
-    """A full disk: no file grows beyond `size` bytes (Python ignores SIGXFSZ, so writing raises)."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def names_in(folder):

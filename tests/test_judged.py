@@ -11,7 +11,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT, SFT, make_dataset, write_jsonl
+from conftest import ROOT, SFT, file_size_limit, make_dataset, write_jsonl
 from llm_lab import prompt_of, rows
 from llm_server import LLMServer
 from test_llm_stages import wait_for
@@ -312,6 +312,31 @@ def test_a_limit_and_a_kill_in_the_middle_lose_and_repeat_nothing(lab, judged, r
         assert total <= len(server.requests) <= total + 1
     assert paths.qrels("tiny", "judged").read_bytes() == expected
     assert len(rows(paths.judged("tiny"))) == total
+
+
+def test_a_full_disk_loses_and_repeats_nothing(notes, judged):
+    """Whichever file the disk has no room for is named; no reply that arrived before is asked for again."""
+    files = [paths.judged_ledger("notes"), paths.judged("notes"), paths.qrels("notes", "judged")]
+    with LLMServer(reply=grader) as server:
+        judged(server, "bm25")
+        expected, total = files[2].read_bytes(), len(server.requests)
+        for number, path in enumerate(files):  # what is written after it has to be written again
+            size = path.stat().st_size // 2
+            for later in files[number:]:
+                later.unlink()
+            with file_size_limit(size):
+                said = judged(server, "bm25", code=1)
+            # The record of the rows is larger than the judgements.
+            named = paths.shown(path if path != files[2] else paths.run_json(files[1]))
+            assert re.search(rf"failed: cannot write {named}(.run.json)?: (File too large|No space left)", said)
+            judged(server, "bm25")
+            assert files[2].read_bytes() == expected
+            if not number:
+                assert total <= len(server.requests) - total <= 2 * total  # those in flight, of which no trace was kept
+                asked = len(server.requests)
+        assert len(server.requests) == asked
+        with file_size_limit(0):
+            assert "failed: cannot write .locks/" in judged(server, "bm25", code=1)
 
 
 DOCUMENTS = {  # by what status says is missing: the command that makes it

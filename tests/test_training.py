@@ -4,7 +4,6 @@ import hashlib
 import json
 import os
 import random
-import resource
 import shutil
 import signal
 import subprocess
@@ -13,7 +12,7 @@ import time
 
 import pytest
 import torch
-from conftest import ROOT, fill_home, load_script, write_jsonl
+from conftest import ROOT, file_size_limit, fill_home, load_script, write_jsonl
 from safetensors.torch import load_file
 
 from syntriever.encode import models, search
@@ -481,12 +480,8 @@ def test_full_disk_keeps_the_old_output_and_the_last_checkpoint(home, dropout_en
     interrupt(5)
     assert run_script(*command)[0] == 1
     interrupt(None)
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, hard))
-    try:
+    with file_size_limit(50_000):
         code, _, err = run_script(*command, "--resume")
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert code == 1
     assert "failed: cannot write output/.e5-small-tiny-sft-tiny.tmp/" in err
     assert digest(output) == calm

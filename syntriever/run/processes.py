@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from syntriever.errors import BadInput
+from syntriever.errors import BadInput, Failed
 from syntriever.files.paths import home, shown
 
 if TYPE_CHECKING:
@@ -28,15 +28,17 @@ def lock(path: Path, dry_run: bool = False) -> Iterator[None]:
         return
     path, locks = path.resolve(), home() / ".locks"  # one lock for a file, however the user names it
     locks.mkdir(parents=True, exist_ok=True)
-    with (locks / shown(path).replace("/", "_")).open("a+") as file:
+    with (locks / shown(path).replace("/", "_")).open("ab+", buffering=0) as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             file.seek(0)
-            raise BadInput(f"{shown(path)} is being written by process {file.read().strip()}; wait for it or stop it") from None
-        file.truncate(0)
-        file.write(str(os.getpid()))
-        file.flush()
+            raise BadInput(f"{shown(path)} is being written by process {file.read().decode()}; wait for it or stop it") from None
+        try:
+            file.truncate(0)
+            file.write(str(os.getpid()).encode())
+        except OSError as error:
+            raise Failed(f"cannot write {shown(Path(file.name))}: {error.strerror}") from error
         yield
 
 
