@@ -1,5 +1,6 @@
 """Encoders as people have them: precision, prefixes, lengths and padding of many architectures; what is refused."""
 
+import itertools
 import json
 import shutil
 
@@ -33,6 +34,7 @@ ARCHITECTURES = {
     "gpt2": ("GPT2Model", {"n_positions": 64, "n_embd": 32, "n_layer": 2, "n_head": 2}, 64),
     "qwen3": ("Qwen3ForCausalLM", DECODER, 64),
     "llama": ("LlamaModel", DECODER, 64),
+    "gemma3": ("Gemma3TextModel", {"use_bidirectional_attention": True, "sliding_window": 8, **DECODER}, 64),
 }
 DECODERS = ("gpt2", "qwen3", "llama")  # their tokenizers have no padding token
 
@@ -179,6 +181,7 @@ SAVED = {
     "stella": ({"s2p_query": "s2p: ", "s2s_query": "s2s: "}, None, ("s2p: ", "")),
     "mteb": ({"Retrieval-query": "rq: ", "Retrieval-passage": "rp: "}, None, ("rq: ", "rp: ")),
     "gemma": ({"Retrieval-query": "rq: ", "Retrieval-document": "rd: ", "STS": "s: "}, None, ("rq: ", "rd: ")),
+    "embeddinggemma": ({"STS": "s: ", "query": "rq: ", "Retrieval-query": "x", "document": "rd: "}, None, ("rq: ", "rd: ")),
     "jina": ({"retrieval.query": "rq: ", "retrieval.passage": "rp: "}, None, ("rq: ", "rp: ")),
     "corpus": ({"query": "q: ", "corpus": "c: "}, None, ("q: ", "c: ")),
     "saved again": ({"query": "", "document": "", "search_query": "sq: ", "search_document": "sd: "}, None, ("sq: ", "sd: ")),
@@ -313,6 +316,62 @@ def test_a_tokenizer_with_nothing_to_pad_with_is_refused(folder_of, copy):
     setting(folder, "tokenizer_config.json", eos_token=None)
     with pytest.raises(BadInput, match="no padding token; name one as pad_token"):
         load(folder)
+
+
+# --- the aliases of 2024 and 2025, as their checkpoints are built
+
+RELEASED = {  # alias: (architecture, pooling, widths of the Dense layers after it)
+    "qwen3": ("qwen3", "lasttoken", []),
+    "gemma": ("gemma3", "mean", [32, 64, 32]),
+    "bge-m3": ("xlm-roberta", "cls", []),
+    "gte": ("modernbert", "cls", []),
+    "arctic": ("bert", "cls", []),
+}
+
+
+@pytest.mark.parametrize("alias", RELEASED)
+def test_an_alias_encodes_and_trains_as_documented(home, folder_of, run_script, monkeypatch, docstrings, tmp_path, alias):
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.sentence_transformer.modules import Dense, Normalize
+
+    architecture, pooling, widths = RELEASED[alias]
+    folder, prompts = tmp_path / "released", models.ALIASES[alias][1]
+    made = SentenceTransformer(str(folder_of(architecture)), device="cpu")
+    made[1].pooling_mode = pooling
+    for width, next_width in itertools.pairwise(widths):
+        made.append(Dense(width, next_width, bias=False, activation_function=None))
+    made.append(Normalize())
+    made.save_pretrained(str(folder), create_model_card=False)
+    monkeypatch.setitem(models.ALIASES, alias, (str(folder), prompts))
+
+    def find(name):
+        return models.load(models.resolve(name, "tiny"), "cpu")
+
+    model = find(alias)
+    assert [model.prompts["query"], model.prompts["document"]] == [*prompts]
+    assert (model.tokenizer.padding_side == "left") == (alias == "qwen3")
+    texts = ["one", *(query for _, query, _ in docstrings[:6]), *(passage for _, _, passage in docstrings[:3])]
+    before = {}
+    for kind, prompt in zip(("query", "document"), prompts, strict=True):
+        before[kind] = Encoder(model)(texts, kind)
+        np.testing.assert_allclose(before[kind], model.encode([prompt + text for text in texts]), atol=1e-5)
+        np.testing.assert_allclose(np.concatenate([Encoder(model)([text], kind) for text in texts]), before[kind], atol=1e-5)
+    assert (np.abs(before["query"] - before["document"]).max() < 1e-6) == (prompts[0] == prompts[1])
+
+    step = ["--loss", "infonce", "--epochs", "1", "--batch-size", "36", "--lr", "1e-3", "--device", "cpu"]
+    code, _, err = run_script("train_stage1.py", alias, "tiny", *step)
+    assert code == 0, err
+    output = home / "output" / f"{alias}-sft-tiny"
+    trained, again = find(f"{alias}-sft"), SentenceTransformer(str(output), device="cpu")
+    moved = {name for name, value in trained.named_parameters() if not torch.equal(value, dict(model.named_parameters())[name])}
+    assert {name for name, _ in model.named_parameters() if ".linear." in name} <= moved  # Dense layers, too
+    assert len(moved) > 10
+    for kind, encode in (("query", again.encode_query), ("document", again.encode_document)):
+        made = Encoder(trained)(texts, kind)
+        assert np.abs(made - before[kind]).max() > 1e-3
+        np.testing.assert_allclose(made, encode(texts), atol=1e-5)  # its prompts and its modules are saved with it
+    setting(folder, "config_sentence_transformers.json", prompts={"query": "own: ", "document": ""})
+    assert find(alias).prompts == {"query": "own: ", "document": ""}  # the checkpoint's come first
 
 
 # --- devices

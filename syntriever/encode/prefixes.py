@@ -11,6 +11,10 @@ E5 = ("query: ", "passage: ")
 
 BGE = ("Represent this sentence for searching relevant passages: ", "")
 
+QWEN3 = ("Instruct: Given a web search query, retrieve relevant passages that answer the query\nQuery:", "")
+
+GEMMA = ("task: search result | query: ", "title: none | text: ")
+
 NONE = ("", "")
 
 # Names under which the checkpoints of sentence-transformers keep them: `query`, `search_query`, `Retrieval-query`, ...
