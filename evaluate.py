@@ -46,9 +46,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     what = f"which judgements; {pool.SPLIT}: an LLM's, of the top {pool.DEPTH} of all models, made here (default: %(default)s)"
     parser.add_argument("--split", default="test", help=what)
-    parser.add_argument("--ks", help=f"cut-offs of the measures (default: {','.join(map(str, metrics.KS))})")
+    parser.add_argument("--ks", type=cli.numbers, help=f"cut-offs of the measures (default: {','.join(map(str, metrics.KS))})")
     parser.add_argument("--trained-on", metavar="DATASET", help="evaluate X-sft and X-final trained on this dataset (zero-shot)")
     parser.add_argument("--push-to-hub", metavar="OWNER/NAME", help="upload the one checkpoint, with its scores, to the Hub")
+    what = "search by this many first entries of the vectors, and each model once for each of them (default: all entries)"
+    parser.add_argument("--dim", type=cli.numbers, metavar="N,N", help=what)
     bm25.add_language(parser)
     options.add_encoding_options(parser)
     teachers.add_options(parser, pool.MAX_TOKENS, f"the judge of --split {pool.SPLIT}")
@@ -62,16 +64,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def parse_ks(text: str) -> tuple[int, ...]:
-    try:
-        ks = tuple(sorted({int(k) for k in text.split(",")}))
-        if ks[0] < 1:
-            raise ValueError
-    except ValueError:
-        raise BadInput(f"--ks {text}: expected whole numbers from 1, separated by commas") from None
-    return ks
-
-
 @dataclass
 class Inputs:
     """One dataset, loaded."""
@@ -83,6 +75,7 @@ class Inputs:
     pooled: pool.Pool | None = None  # of a test set that an LLM judges
     judgements: pool.Judgements | None = None  # what it said
     notes: list[str] = field(default_factory=list)  # what is shown with every figure
+    sizes: list[list[Any]] = field(default_factory=list)  # header, then dimensions, size and worth of each prefix (`--dim`)
 
     @classmethod
     def load(cls, ds: str, args: argparse.Namespace) -> "Inputs":
@@ -107,7 +100,7 @@ def main(args: argparse.Namespace) -> None:
     teachers.check_options(args)
     if args.split != pool.SPLIT and (args.llm or args.batch or args.dry_run):
         raise BadInput(f"--llm, --batch and --dry-run are for --split {pool.SPLIT}; no LLM judges the {args.split} split")
-    wanted = parse_ks(args.ks) if args.ks is not None else metrics.KS
+    wanted = args.ks or metrics.KS
     datasets = [part for name in args.datasets for part in download.parts(name)]
     refs: dict[tuple[str, str], models.ModelRef] = {}
     forced: dict[tuple[str, str], list[str]] = {}
@@ -117,7 +110,7 @@ def main(args: argparse.Namespace) -> None:
             if model != "bm25":
                 name = args.name if len(args.models) == 1 else None
                 refs[model, ds] = models.resolve(model, args.trained_on or ds, name, args.query_prefix, args.passage_prefix)
-                models.check_backend(refs[model, ds], args.backend)
+                models.check_late(refs[model, ds], args.dim, args.backend)
                 forced[model, ds] = lineage.check_fresh(refs[model, ds].weights, args.force)
         if args.split != pool.SPLIT:
             dataset.load_qrels(ds, args.split)
@@ -137,6 +130,8 @@ def main(args: argparse.Namespace) -> None:
     if checkpoint and processes.rank() == 0:
         hub.create(args.push_to_hub)
     device = processes.start(args.device)
+    cuts = args.dim[::-1] if args.dim else [None]
+    entries = [(model, dim) for model in args.models for dim in (cuts if model != "bm25" else [None])]
     table: dict[str, dict[str, Measures]] = {}
     sections = []
     for data in inputs:
@@ -149,19 +144,22 @@ def main(args: argparse.Namespace) -> None:
         tops: dict[str, dict[str, Hits]] = {}
         tests: list[tuple[str, str, dict[str, float]]] = []
         runs = {}
-        for model in args.models:
+        for model, dim in entries:
             ref = refs.get((model, data.name))
             record = lineage.Record(args, forced.get((model, data.name), []))
             record.reads(*data.files(args.split), *(ref.weights if ref else []))
-            runs[model] = record, ref, *retrieve(args, ref, data, max(ks), device)
+            runs[model, dim] = record, ref, *retrieve(args, ref, data, max(ks), device, dim)
         if data.pooled:
-            judge(args, data, {shown(args, ref, model): hits for model, (_, ref, hits, _) in runs.items()}, device)
+            judge(args, data, {shown(args, ref, *entry): hits for entry, (_, ref, hits, _) in runs.items()}, device)
         if processes.rank() == 0 and data.qrels:
-            for model, (record, ref, hits, encoder) in runs.items():
+            for (model, dim), (record, ref, hits, encoder) in runs.items():
                 made, against = measure(args, record, model, ref, data, hits, encoder, ks, table[data.name])
-                table[data.name][model] = made
-                tests += [(model, other, test) for other, test in against.items()]
-                tops[model] = {query: found[: page.SHOWN] for query, found in hits.items()}
+                row = cut_to(dim, model)
+                table[data.name][row] = made
+                tests += [(row, other, test) for other, test in against.items()]
+                tops[row] = {query: found[: page.SHOWN] for query, found in hits.items()}
+            encoders = {cut_to(dim, model): encoder for (model, dim), (*_, encoder) in runs.items()}
+            data.sizes = tables.sizes(len(data.corpus), encoders, table[data.name], ks)
             tables.print_table(data, args.split, table[data.name], ks, tests)
             curves = {model: refs[model, data.name].folder for model in args.models if (model, data.name) in refs}
             sections.append(
@@ -169,27 +167,31 @@ def main(args: argparse.Namespace) -> None:
             )
     if processes.rank() or args.dry_run:
         return
-    rows = tables.summary(args.models, args.datasets, table, ks) if len(datasets) > 1 else []
-    tables.print_summary(rows, tables.main_of(ks))
-    page.write(sections, rows, tables.main_of(ks))
+    summary = (
+        tables.summary([cut_to(dim, model) for model, dim in entries], args.datasets, table, ks) if len(datasets) > 1 else []
+    )
+    tables.print_summary(summary, f"{tables.main_of(ks)} by dataset")
+    page.write(sections, summary, tables.main_of(ks))
     terminal.say(f"wrote  {paths.shown(paths.report_html())}")
     if checkpoint:
         hub.push(checkpoint, args.push_to_hub)
 
 
 @functools.lru_cache(1)
-def load(ref: models.ModelRef, device: str | None, max_length: int | None, backend: str, batch_tokens: int | None) -> Any:
-    """An encoder, kept for the next dataset where it is the only one."""
+def load(
+    ref: models.ModelRef, device: str | None, max_length: int | None, dims: tuple[int, ...], backend: str, tokens: int | None
+) -> Any:
+    """An encoder, kept for its next length and, where it is the only one, for the next dataset."""
     from syntriever.encode.encoder import Encoder
 
-    return Encoder(models.load(ref, device, max_length), backend, batch_tokens)
+    return Encoder(models.load(ref, device, max_length, dims), backend, tokens)
 
 
 def retrieve(
-    args: argparse.Namespace, ref: models.ModelRef | None, data: Inputs, k: int, device: str | None
+    args: argparse.Namespace, ref: models.ModelRef | None, data: Inputs, k: int, device: str | None, dim: int | None = None
 ) -> tuple[dict[str, Hits], dict[str, Any]]:
-    """Top `k` of every query, its own passage left out where the dataset asks for it; and what decides
-    an embedding."""
+    """Top `k` of every query, by the first `dim` entries of the vectors, its own passage left out where the dataset asks for it;
+    and what decides an embedding."""
     drop_self = data.name in dataset.SELF_RETRIEVAL
     wanted = min((max(k, pool.DEPTH) if data.pooled else k) + drop_self, len(data.corpus))
     found: Iterable[tuple[str, Hits]]
@@ -197,9 +199,9 @@ def retrieve(
     if ref:
         from syntriever.encode import search
 
-        encoder = load(ref, device, args.max_length, args.backend, args.batch_tokens)
-        settings = encoder.settings() | {"dtype": args.dtype}
-        found = search.top_k(encoder, data.corpus, ref.embeddings(data.name), data.queries, wanted, args.dtype)
+        encoder = load(ref, device, args.max_length, tuple(args.dim or ()), args.backend, args.batch_tokens)
+        settings = encoder.settings() | {"dtype": args.dtype, "cut_to": dim}
+        found = search.top_k(encoder, data.corpus, ref.embeddings(data.name), data.queries, wanted, args.dtype, dim)
     else:
         found = bm25.run(data.corpus, data.queries, wanted, args.language) if processes.rank() == 0 else []
     if drop_self:
@@ -208,9 +210,15 @@ def retrieve(
     return dict(found), settings
 
 
-def shown(args: argparse.Namespace, ref: models.ModelRef | None, model: str) -> str:
+def cut_to(dim: int | None, name: str) -> str:
+    """The name of a model that is searched by the first `dim` entries of its vectors."""
+    return f"{name}-{dim}d" if dim else name
+
+
+def shown(args: argparse.Namespace, ref: models.ModelRef | None, model: str, dim: int | None) -> str:
     """The name of a model in files and figures."""
-    return f"{model}-{args.trained_on}" if args.trained_on and models.is_own(model) else ref.name if ref else model
+    own = args.trained_on and models.is_own(model)
+    return cut_to(dim, f"{model}-{args.trained_on}" if own else ref.name if ref else model)
 
 
 def judge(args: argparse.Namespace, data: Inputs, runs: dict[str, dict[str, Hits]], device: str | None) -> None:
@@ -238,7 +246,8 @@ def measure(
     ds, qrels = data.name, data.qrels
     measures = metrics.evaluate(qrels, {query: dict(found) for query, found in hits.items()}, ks)
     means = {name: metrics.mean(values) for name, values in measures.items()}
-    name, judges = shown(args, ref, model), data.judgements
+    dim = encoder.get("cut_to")
+    name, judges = shown(args, ref, model, dim), data.judgements
     silent = sum(not hits.get(query) for query in qrels)
     if silent:
         terminal.say(f"note:  {silent:,} of {len(qrels):,} queries have no result by {name} and count 0")
@@ -270,11 +279,12 @@ def measure(
                 file.write(f"{spelt(query)} Q0 {spelt(passage)} {rank} {score:.9g} {name}\n".encode())
     jsonl.write_json(target[".json"], result)
     title = f"{ds}, {args.split} split, {len(qrels)} queries" + (f", judged by {judges.llm}" if judges else "")
-    pictures.compare({**before, model: measures}, ks, main, target[".png"], title)
+    pictures.compare({**before, cut_to(dim, model): measures}, ks, main, target[".png"], title)
     record.write(target[".json"], **means)
     terminal.say(f"wrote  {paths.shown(target['.json'])}, .trec, .png")
     if ref and ref.folder and models.is_own(model):
-        how = f"{encoder['max_length']} tokens, {encoder['backend']}, {encoder['dtype']}" + (
+        cut = f", {dim} dimensions" if dim else ""
+        how = f"{encoder['max_length']} tokens, {encoder['backend']}, {encoder['dtype']}{cut}" + (
             f", judged by {judges.llm}, an LLM" if judges else ""
         )
         hub.add_scores(ref.folder, ds, args.split, how, {column: means[column] for column in tables.columns(ks)})

@@ -52,6 +52,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--recall", type=float, default=0.95, help="share of the exact top that --index has to find (default: %(default)s)"
     )
+    parser.add_argument("--dim", type=int, help="search by this many first entries of the vectors (default: all)")
     parser.add_argument("--seed", type=int, default=42, help="seed of the sample that trains --index (default: %(default)s)")
     bm25.add_language(parser)
     options.add_encoding_options(parser)
@@ -60,14 +61,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(args: argparse.Namespace) -> None:
     options.check_encoding_options(args)
-    cli.check_positive(args, "recall")
+    cli.check_positive(args, "recall", "dim")
     bm25.check_language(args.language)
     if args.fuse and args.query is not None:
         raise BadInput("--fuse ranks for the training queries; leave it out with --query")
     if args.recall > 1:
         raise BadInput(f"--recall {args.recall:g} is a share, at most 1")
     ref = models.resolve(args.model, args.dataset, args.name, args.query_prefix, args.passage_prefix)
-    models.check_backend(ref, args.backend)
+    models.check_late(ref, args.dim, args.backend)
     if args.index and ref.late:
         raise BadInput("--index: a late-interaction encoder is searched exactly, by MaxSim")
     dataset.ensure(args.dataset)
@@ -114,8 +115,9 @@ def searcher(args: argparse.Namespace, ref: models.ModelRef, corpus: Corpus) -> 
     from syntriever.encode import search
     from syntriever.encode.encoder import Encoder
 
-    encoder = Encoder(models.load(ref, device, args.max_length), args.backend, args.batch_tokens)
-    how = {"dtype": args.dtype, "factory": args.index, "recall": args.recall, "seed": args.seed}
+    model = models.load(ref, device, args.max_length, [args.dim] if args.dim else None)
+    encoder = Encoder(model, args.backend, args.batch_tokens)
+    how = {"dtype": args.dtype, "dim": args.dim, "factory": args.index, "recall": args.recall, "seed": args.seed}
     return lambda queries, written=None: search.top_k(
         encoder, corpus, ref.embeddings(args.dataset), queries, args.top_k, **how, written=written
     )

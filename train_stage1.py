@@ -177,6 +177,7 @@ def synthetic_texts(row: jsonl.Row | None, args: argparse.Namespace) -> tuple[li
 def main(args: argparse.Namespace) -> None:
     options.check_training_options(args)
     ref = models.resolve(args.model, args.dataset, args.name, args.query_prefix, args.passage_prefix)
+    models.check_late(ref, args.dims)
     dataset.ensure(args.dataset, fetch=False)
     args.judgements = args.judgements or training.default_judgements(args.dataset, args.queries)
     on_gold = args.judgements == "gold"
@@ -230,7 +231,7 @@ def train(args: argparse.Namespace, ref: models.ModelRef, source: Path | None, o
     device = processes.start(args.device)
     from syntriever.train import bank, batching, frozen, journal, loop
 
-    model = models.load(ref, device)
+    model = models.load(ref, device, dims=args.dims)
     first = dataset.first_queries(queries)  # queries with the same text are one
     names = [first[query] for query, _ in rows]
     numbers = {query: number for number, query in enumerate(dict.fromkeys(names))}

@@ -193,6 +193,7 @@ def main(args: argparse.Namespace) -> None:
     if args.beta < 0:
         raise BadInput(f"--beta must not be negative, got {args.beta}")
     ref = models.resolve(args.model, args.dataset, args.name, args.query_prefix, args.passage_prefix)
+    models.check_late(ref, args.dims)
     typed = download.as_typed(args.dataset)
     source = args.preferences.resolve() if args.preferences else paths.preferences(ref.name, args.dataset)
     if args.preferences and not source.is_file():
@@ -240,7 +241,7 @@ def train(args: argparse.Namespace, ref: models.ModelRef, source: Path, output: 
     device = processes.start(args.device)
     from syntriever.train import batching, frozen, journal, loop
 
-    model = models.load(ref, device)
+    model = models.load(ref, device, dims=args.dims)
     with frozen.folder(output) as folder:
         reference = None
         if args.beta:

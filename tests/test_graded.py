@@ -141,8 +141,9 @@ class FakeBank:
         self.embeddings = types.SimpleNamespace(rows=lambda positions: vectors[positions])
 
 
-@pytest.mark.parametrize("regularised", [False, True])
-def test_the_loss_of_a_batch_is_what_loops_make_of_it(regularised):
+@pytest.mark.parametrize(("regularised", "dim"), [(False, 6), (True, 6), (True, 2)])
+def test_the_loss_of_a_batch_is_what_loops_make_of_it(regularised, dim):
+    """What is compared with the trained embeddings is cut to `dim`; the teachers are not."""
     rng = np.random.default_rng(3)
 
     def unit(*shape):
@@ -172,9 +173,10 @@ def test_the_loss_of_a_batch_is_what_loops_make_of_it(regularised):
     embeddings = torch.from_numpy(np.concatenate([unit(len(passages), 6), unit(3, 6)])).double().requires_grad_()
     labels = torch.tensor([[len(passages) + r, *(place.get(p, -1) for p in judged.positions[r].tolist()), r] for r in rows])
     loss = graded.make_loss(args, judged, teacher, FakeBank(start_passages, start_queries, top), regulariser)
-    total, parts = loss(embeddings.float(), labels)
+    total, parts = losses.at_prefixes(loss, [dim])(embeddings.float(), labels)
 
-    made = embeddings.detach().numpy()
+    made, frozen = (all_[:, :dim] for all_ in (embeddings.detach().numpy(), start_passages))
+    made, frozen = (cut / np.linalg.norm(cut, axis=1, keepdims=True) for cut in (made, frozen))
     order, contrast, corpus = [], [], []
     ours, theirs = [], []
     for r in rows:
@@ -190,7 +192,7 @@ def test_the_loss_of_a_batch_is_what_loops_make_of_it(regularised):
         seen = {p for p, _ in own}
         for candidates, vector, costs in (
             (passages, lambda p: made[place[p]], contrast),
-            (sorted({*top.ravel().tolist(), *passages}), lambda p: start_passages[p], corpus),
+            (sorted({*top.ravel().tolist(), *passages}), lambda p: frozen[p], corpus),
         ):
             if not relevant:
                 continue

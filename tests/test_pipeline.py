@@ -235,7 +235,7 @@ BAD = [
     (["evaluate.py", "minilm"], "at least one model and one dataset"),
     (["evaluate.py", "minilm", "tiny", "--split", "nosuch"], "this dataset has: dev, test, train"),
     (["evaluate.py", "minilm", "tiny", "--ks", "1,61"], "has 60 passages"),
-    (["evaluate.py", "minilm", "tiny", "--ks", "ten"], "--ks ten"),
+    (["evaluate.py", "minilm", "tiny", "--ks", "ten"], "--ks: ten: expected whole numbers"),
     (["datasets/parse_synthetic.py", "tiny", "--llm", "gpt-4o"], "OPENAI_API_KEY is not set"),
     (["datasets/parse_synthetic.py", "tiny", "--limit", "0"], "--limit"),
     (["datasets/parse_synthetic.py", "pydocs"], "python datasets/build_pydocs.py"),

@@ -430,6 +430,8 @@ def test_an_index_of_other_embeddings_or_cut_short_is_not_read(stage1, home, run
         (["--recall", "95"], "--recall 95 is a share"),
         (["--batch-tokens", "0"], "--batch-tokens must be positive"),
         (["--backend", "tpu"], "invalid choice"),
+        (["--dim", "0"], "--dim must be positive"),
+        (["--dim", "33"], "--dims: 33 is more than the 32 dimensions of e5-small-tiny-sft"),
     ],
 )
 def test_wrong_options_are_found_before_anything_is_encoded(stage1, run_script, options, message):
@@ -446,8 +448,12 @@ def test_a_late_interaction_encoder_has_neither_index_nor_backend(home, tiny_col
         ("retrieval.py", ["--index", "Flat"]),
         ("retrieval.py", ["--backend", "onnx"]),
         ("evaluate.py", ["--backend", "onnx"]),
+        ("retrieval.py", ["--dim", "8"]),
+        ("evaluate.py", ["--dim", "8"]),
+        ("train_stage1.py", ["--dims", "16,8", "--loss", "snn"]),
+        ("train_stage2.py", ["--dims", "16,8"]),
     ):
-        options += ["--top-k", "8"] if script == "retrieval.py" else ["--ks", "5"]
+        options += {"retrieval.py": ["--top-k", "8"], "evaluate.py": ["--ks", "5"]}.get(script, [])
         code, out, err = run_script(script, tiny_colbert, "tiny", *options)
         assert (code, "late-interaction encoder" in err) == (2, True), err
 

@@ -657,7 +657,7 @@ def test_the_bank_has_what_each_query_looks_at(home, tiny_encoder, tmp_path, mon
 
 
 def test_distill_trains_resumes_and_needs_no_texts(home, dropout_encoder, run_script, interrupt):
-    args = ("train_stage1.py", dropout_encoder, "tiny", "--loss", "distill", "--candidates", 8, *SHORT)
+    args = ("train_stage1.py", dropout_encoder, "tiny", "--loss", "distill", "--candidates", 8, "--dims", "32,8", *SHORT)
     code, out, err = run_script(*args)
     assert code == 0, err
     (output,) = (home / "output").glob("*-sft-tiny")

@@ -135,17 +135,22 @@ def comparable(names: Iterable[str | None], ds: str) -> list[str]:
     return found
 
 
-def check_backend(ref: ModelRef, backend: str) -> None:
+def check_late(ref: ModelRef, dims: int | Sequence[int] | None, backend: str = "torch") -> None:
+    """Refuse what a late-interaction encoder cannot do."""
     if ref.late and backend not in ("auto", "torch"):
         raise BadInput(f"--backend {backend}: {ref.name} is a late-interaction encoder, which runs on torch only")
+    if ref.late and dims:
+        raise BadInput(f"--dim, --dims: {ref.name} is a late-interaction encoder, whose token vectors are not cut")
 
 
-def load(ref: ModelRef, device: str | None = None, max_length: int | None = None) -> SentenceTransformer | MultiVectorEncoder:
+def load(
+    ref: ModelRef, device: str | None = None, max_length: int | None = None, dims: Sequence[int] | None = None
+) -> SentenceTransformer | MultiVectorEncoder:
     """Encoder with normalised output and its prefixes in `prompts`.
 
     Weights are float32, whatever the file holds: a small step is lost on a half-precision weight. A checkpoint
     without pooling settings gets mean pooling (E5, Contriever). Only safetensors are read and no code of the
-    checkpoint runs. `max_length` is in tokens.
+    checkpoint runs. `max_length` is in tokens, `dims` are lengths that its vectors will be cut to.
     """
     import torch
     from sentence_transformers import MultiVectorEncoder, SentenceTransformer
@@ -176,6 +181,8 @@ def load(ref: ModelRef, device: str | None = None, max_length: int | None = None
             f"{ref.name}: its pooling leaves out the prompt (include_prompt false), which is not supported here. Train it "
             "with the prompt: set include_prompt to true in the config.json of its pooling, in a copy of the folder"
         )
+    if dims and max(dims) > (width := model.get_embedding_dimension()):
+        raise BadInput(f"--dim, --dims: {max(dims)} is more than the {width} dimensions of {ref.name}")
     if not ref.late and ref.folder and not ref.prefixes and not (ref.folder / "modules.json").is_file():
         terminal.say(f"note:  {ref.name} has no modules.json, which would name its pooling; it gets {model[1].pooling_mode}")
     if model.tokenizer.pad_token is None:  # the attention mask hides it
@@ -267,11 +274,12 @@ def forward(model: Any, tokens: dict[str, Tensor], kind: str) -> Tensor:
 
 def similarity(queries: Tensor, passages: Tensor) -> Tensor:
     """(Q, P) cosine of (Q, D) and (P, D) embeddings of any length, or MaxSim of (Q, T, D) and (P, T, D)
-    unit token vectors divided by the query's tokens, so that it lies in [-1, 1] as a cosine does."""
+    unit token vectors divided by the query's tokens, so that it lies in [-1, 1] as a cosine does. Passages that have more
+    entries than the queries, of which a prefix is trained (`losses.at_prefixes`), are cut to theirs."""
     from torch.nn.functional import normalize
 
     if queries.ndim == 2:
-        return normalize(queries, dim=1) @ normalize(passages, dim=1).T
+        return normalize(queries, dim=1) @ normalize(passages[:, : queries.shape[1]], dim=1).T
     from sentence_transformers.util.similarity import maxsim
 
     masks = [texts.detach().abs().sum(2) > 0 for texts in (queries, passages)]

@@ -144,7 +144,7 @@ def _index(embeddings: Embeddings, factory: str, seed: int) -> Any:
         "factory": factory,
         "seed": seed,
         "faiss": faiss.__version__,
-        "embeddings": shards.load_sidecar(embeddings.sidecar),
+        "embeddings": shards.load_sidecar(embeddings.sidecar) | {"dim": embeddings.dim},
     }
     if path.is_file() and shards.load_sidecar(sidecar) == wanted | {"bytes": path.stat().st_size}:
         terminal.say(f"read   {paths.shown(path)}, made before")
@@ -188,6 +188,7 @@ def top_k(
     queries: dict[str, str],
     k: int,
     dtype: str = "float32",
+    dim: int | None = None,
     factory: str | None = None,
     recall: float = 0.95,
     seed: int = 42,
@@ -197,9 +198,10 @@ def top_k(
     equal scores as trec_eval orders them. Of several processes the first gets it, the others nothing.
     The search is over when this returns; only the naming of the passages goes query by query.
 
+    `dim`: search by the first entries of the vectors, scaled to unit length.
     `written`: the texts of a query id; then the mean direction of the query and these is searched for."""
     if factory:
-        _empty_index(factory, encoder.dim)  # a mistake shows now, not after the encoding
+        _empty_index(factory, dim or encoder.dim)  # a mistake shows now, not after the encoding
     embeddings = shards.embed(encoder, corpus, folder, dtype)
     names, size = list(queries), shards.SHARD
     windows = terminal.progress(range(0, len(names), size), desc="queries")
@@ -210,6 +212,8 @@ def top_k(
             vectors[at : at + size] = directions(encoder, [(queries[query], written(query)) for query in some])
         else:
             vectors[at : at + size] = encoder([queries[query] for query in some], "query")
+    if dim:
+        embeddings.dim, vectors = dim, shards.prefix(vectors, dim)
     if not factory:
         found = exact(embeddings, vectors, k, str(encoder.model.device))
     elif processes.rank() == 0:

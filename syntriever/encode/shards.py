@@ -26,11 +26,21 @@ from syntriever.run import lineage, processes, terminal
 SHARD = 4_096  # passages of one shard: what a kill may cost
 
 
+def prefix(vectors: np.ndarray, dim: int) -> np.ndarray:
+    """(N, dim) unit vectors of the first entries of (N, D) ones; these themselves where nothing is cut off."""
+    if dim == vectors.shape[1]:
+        return vectors
+    cut: np.ndarray = vectors[:, :dim]
+    return cut / np.maximum(np.linalg.norm(cut, axis=1, keepdims=True), 1e-12)
+
+
 class Embeddings:
-    """The shards of a corpus in a folder. Raises `BadInput` where one is not what the sidecar says."""
+    """The shards of a corpus in a folder, D entries a vector; `dim` may be set to fewer, and the vectors are then read as
+    their prefixes. Raises `BadInput` where one is not what the sidecar says."""
 
     def __init__(self, folder: Path, count: int, dim: int, dtype: str, late: bool) -> None:
         self.folder, self.count, self.dim, self.dtype, self.late = folder, count, dim, np.dtype(dtype), late
+        self.width = dim  # D, on disk
         self.sidecar = folder / "embeddings.json"
         self.starts = range(0, count, SHARD)
 
@@ -50,23 +60,23 @@ class Embeddings:
                 rows = int(ends.sum()) if len(ends) == rows else -1
         except (ValueError, EOFError) as error:
             raise BadInput(f"{paths.shown(path)}: not a shard ({error}); delete it and run again") from None
-        if made.shape != (rows, self.dim) or made.dtype != self.dtype:
+        if made.shape != (rows, self.width) or made.dtype != self.dtype:
             raise BadInput(
                 f"{paths.shown(path)}: {made.shape} {made.dtype} is not what its sidecar says; delete it and run again"
             )
         return made
 
     def block(self, starts: Sequence[int]) -> np.ndarray:
-        """(passages, D) float32 array of several shards, one after the other."""
-        return np.concatenate([self.shard(start) for start in starts]).astype(np.float32, copy=False)
+        """(passages, dim) float32 array of several shards, one after the other."""
+        return prefix(np.concatenate([self.shard(start) for start in starts]).astype(np.float32, copy=False), self.dim)
 
     def rows(self, positions: np.ndarray) -> np.ndarray:
-        """(len(positions), D) float32 array of passages at ascending positions."""
-        made = np.empty((len(positions), self.dim), np.float32)
+        """(len(positions), dim) float32 array of passages at ascending positions."""
+        made = np.empty((len(positions), self.width), np.float32)
         for start in np.unique(positions // SHARD * SHARD):
             first, last = np.searchsorted(positions, (start, start + SHARD))
             made[first:last] = self.shard(int(start))[positions[first:last] - start]
-        return made
+        return prefix(made, self.dim)
 
     def passages(self, start: int) -> list[np.ndarray]:
         """(tokens, D) float32 arrays of a shard of a late-interaction encoder."""

@@ -74,6 +74,7 @@ def section(
         f"<p>Mean over {len(data.qrels)} queries, {len(data.corpus):,} passages. A query without results counts 0.</p>",
         *(f"<p>{escape(note)}</p>" for note in data.notes),
         _table(["", *columns], rows),
+        *([_table(data.sizes[0], data.sizes[1:])] if data.sizes else []),
     ]
     trained = [model for model in table if model in folders] or list(table)
     for new, old, test in tests:
@@ -96,11 +97,12 @@ def section(
 
 
 def _table(header: Sequence[Any], rows: Sequence[Sequence[Any]]) -> str:
-    """Numbers to four digits; the best of a column is bold."""
-    best = [max(column) for column in list(zip(*rows, strict=True))[1:]]
+    """Numbers to four digits, the best of a column bold; text as it is."""
+    best = [None if isinstance(column[0], str) else max(column) for column in list(zip(*rows, strict=True))[1:]]
     lines = ["".join(f"<th>{escape(str(cell))}</th>" for cell in header)]
     for name, *values in rows:
-        cells = [f"<b>{value:.4f}</b>" if value == top else f"{value:.4f}" for value, top in zip(values, best, strict=True)]
+        texts = [value if isinstance(value, str) else f"{value:.4f}" for value in values]
+        cells = [f"<b>{text}</b>" if value == top else text for text, value, top in zip(texts, values, best, strict=True)]
         lines.append(f"<td>{escape(name)}</td>" + "".join(f"<td>{cell}</td>" for cell in cells))
     return '<div class="scroll"><table>' + "".join(f"<tr>{line}</tr>" for line in lines) + "</table></div>"
 

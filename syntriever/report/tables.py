@@ -34,6 +34,7 @@ def print_table(
         terminal.say(f"{new} - {old}: {test['difference']:+.4f} [{test['low']:+.4f}, {test['high']:+.4f}], p = {test['p']:.4f}")
     for line in data.notes:
         terminal.say(line)
+    print_summary(data.sizes, "\nindex size by dimension")
     terminal.say()
 
 
@@ -51,10 +52,23 @@ def summary(
     return rows
 
 
-def print_summary(rows: list[list[Any]], name: str) -> None:
+def sizes(passages: int, encoders: dict[str, dict[str, Any]], table: dict[str, Measures], ks: tuple[int, ...]) -> list[list[Any]]:
+    """Header, then a row per prefix that was searched by: dimensions, MB (10^6 bytes) of a flat index, main measure.
+    Nothing without prefixes."""
+    cut = {
+        row: (found["cut_to"], 2 if found["dtype"] == "float16" else 4) for row, found in encoders.items() if found.get("cut_to")
+    }
+    rows = [
+        [row, str(dim), f"{passages * dim * size / 1e6:,.2f}", metrics.mean(table[row][main_of(ks)])]
+        for row, (dim, size) in cut.items()
+    ]
+    return [["", "dimensions", "index, MB", main_of(ks)], *rows] if rows else []
+
+
+def print_summary(rows: list[list[Any]], title: str) -> None:
     if rows:
         widths = [max(len(str(row[0])) for row in rows) + 2, *(max(11, len(ds) + 2) for ds in rows[0][1:])]
-        terminal.say(f"{name} by dataset")
+        terminal.say(title)
         for row in rows:
             cells = [cell if isinstance(cell, str) else f"{cell:.4f}" for cell in row]
             terminal.say(cells[0].ljust(widths[0]) + "".join(map(str.rjust, cells[1:], widths[1:])))

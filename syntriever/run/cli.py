@@ -70,6 +70,13 @@ def typed() -> str:
     return shlex.join(["python", script(), *sys.argv[1:]])
 
 
+def numbers(text: str) -> list[int]:
+    """Type of an option: whole numbers from 1, separated by commas; each once, in ascending order."""
+    if not all(part.strip().isdecimal() and int(part) for part in text.split(",")):
+        raise argparse.ArgumentTypeError(f"{text}: expected whole numbers from 1, separated by commas")
+    return sorted({int(part) for part in text.split(",")})
+
+
 def at_most(option: str, typed: int | None, default: int, most: int, where: str) -> int:
     """What an option was set to, or its default. Where that is more than the `most` that `where` has, a default is
     cut, which is said, and what was typed is `BadInput`."""

@@ -40,6 +40,8 @@ def add_training_options(parser: argparse.ArgumentParser, *, epochs: float, batc
     )
     group.add_argument("--temperature", type=float, default=0.05, help="tau of the scores cos/tau (default: %(default)s)")
     group.add_argument("--max-length", type=int, help="tokens kept of each text in training (default: the model's own)")
+    what = "Matryoshka: the mean of the loss over these lengths of the vectors, e.g. 768,256,64 (default: all entries alone)"
+    group.add_argument("--dims", type=cli.numbers, metavar="N,N", help=what)
     group.add_argument(
         "--dev-pool", type=int, default=20_000, help="passages drawn beside the judged ones for dev (default: %(default)s)"
     )

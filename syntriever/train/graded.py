@@ -225,7 +225,7 @@ def train(
         f"{some:,} have one of grade {RELEVANT} or more"
     )
     resume = checkpoint.find(output, record, args)
-    model = models.load(ref, processes.start(args.device))
+    model = models.load(ref, processes.start(args.device), dims=args.dims)
     dev = journal.dev_score(args.dataset, corpus, args) if by_dev else held_out_score(held, corpus, args)
     with frozen.folder(output) as folder:
         asked: list[tuple[str, list[str]]] = [

@@ -27,7 +27,7 @@ from syntriever.encode import models
 from syntriever.errors import Failed
 from syntriever.files import jsonl, paths
 from syntriever.run import lineage, processes, terminal
-from syntriever.train import batching, checkpoint
+from syntriever.train import batching, checkpoint, losses
 from syntriever.train.journal import DevScore, Journal, card, draw
 
 LossFunction = Callable[[Tensor, Tensor], tuple[Tensor, dict[str, Tensor]]]
@@ -164,6 +164,8 @@ def train(
     cuda = model.device.type == "cuda"
     bf16 = cuda and torch.cuda.is_bf16_supported(including_emulation=False)
     cached = args.mini_batch_size is not None
+    if args.dims:
+        function = losses.at_prefixes(function, args.dims)
     collate = batching.Collator(model, sample, args.mini_batch_size, batching.GPU_TOKENS if cuda else batching.CPU_TOKENS)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0.0, fused=cuda)
     per_epoch = len(batches(0))

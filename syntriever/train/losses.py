@@ -5,7 +5,7 @@ Scores are cos / temperature. Pure functions; `train_stage1.py` and `train_stage
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from syntriever.encode import models
@@ -13,6 +13,30 @@ from syntriever.train.candidates import ABSENT
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from syntriever.train.loop import LossFunction
+
+
+def at_prefixes(function: LossFunction, dims: Sequence[int]) -> LossFunction:
+    """Matryoshka (Kusupati et al. 2022): the mean over d in `dims` of the loss of the first d entries of the embeddings,
+    scaled to unit length.
+
+    Frozen vectors of the corpus that are compared with them are cut to d as well, by `models.similarity`: a search at d
+    compares such prefixes. What only teaches keeps its full length: the views of the LLM's texts, the starting encoder's
+    scores, the reference of the KL. So every length has one and the same teacher, the best there is.
+
+    The parts that are logged are those of the longest, and the loss of each as `loss_<d>`.
+    """
+    import torch
+    from torch.nn.functional import normalize
+
+    def loss(embeddings: Tensor, labels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        found = {dim: function(normalize(embeddings[:, :dim], dim=1), labels) for dim in dims}
+        parts = found[max(dims)][1]  # this very object: the backward pass may add to it
+        parts.update({f"loss_{dim}": value for dim, (value, _) in found.items()})
+        return torch.stack([value for value, _ in found.values()]).mean(), parts
+
+    return loss
 
 
 def corpus_contrast(query: Tensor, candidates: Tensor, gold: Tensor, relevant: Tensor, temperature: float = 0.05) -> Tensor:
