@@ -120,7 +120,7 @@ class LlamaTeacher:
                 self._error = error
                 raise
         reply = await self._server.answer(request)
-        if not reply.finish_reason and self._child.poll() is not None:
+        if not reply.finish_reason and self._child and self._child.poll() is not None:
             raise Failed(f"llama.cpp's server has ended (exit {self._child.returncode}); run again to go on")
         return reply
 
