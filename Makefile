@@ -1,4 +1,4 @@
-# make demo [LLM=smollm2|gpt-4o|...] [LEDGER=FILE]   make test   make soak   make check   make bench   make clean
+# make demo [LLM=qwen2.5-1.5b|smollm2|gpt-4o|...] [LEDGER=FILE]   make test   make soak   make check   make bench   make clean
 PYTHON ?= python3.11
 BIN := .venv/bin
 

@@ -1,7 +1,8 @@
 """Benchmark of the LLM side against one loopback server with scripted latency (tests/llm_server.py).
 
 Run      python bench/teacher.py                      all parts, about 25 minutes
-         python bench/teacher.py rate flight          some of: rate, flight, memory, restart
+         python bench/teacher.py rate flight          some of: rate, flight, memory, restart, local
+         python bench/teacher.py local --llm gguf:FILE    tokens/s of a model that runs here
 Peers    a loop that asks one request after the other with the OpenAI client; bespokelabs-curator, where
          --curator names a Python that has it (python -m venv V; V/bin/pip install bespokelabs-curator)
 Writes   bench/teacher.json
@@ -13,6 +14,7 @@ whole calls: from the first request to the last row written, imports left out.
 from __future__ import annotations
 
 import argparse
+import asyncio
 import bisect
 import contextlib
 import json
@@ -236,7 +238,31 @@ def restart(args: argparse.Namespace) -> list[dict]:
     return [found]
 
 
-PARTS = {part.__name__: part for part in (rate, flight, restart, memory)}
+def local(args: argparse.Namespace) -> list[dict]:
+    """Tokens/s of a model that runs here: 32 replies of at most 64 tokens, then 32 verdicts on them, by requests at once."""
+    from syntriever.llm import llama
+    from syntriever.llm.ledger import Request
+
+    async def ask(slots: int) -> dict:
+        teacher, found = llama.LlamaTeacher(args.llm, slots, attempts=1), {"model": args.llm, "slots": slots}
+        texts = [prompt(n) for n in range(32)]
+        await teacher.answer(Request("start", (), "Hello", 0.0, 1))
+        for step, limit, choices in (("write", 64, ()), ("verify", 16, ("yes", "no"))):
+            started = time.monotonic()
+            replies = await asyncio.gather(*(teacher.answer(Request(step, (), text, 0.0, limit, choices)) for text in texts))
+            seconds, tokens = time.monotonic() - started, sum(reply.completion_tokens for reply in replies)
+            read = sum(reply.prompt_tokens for reply in replies)
+            found |= {f"{step}_seconds": seconds, f"{step}_tokens_per_s": tokens / seconds, f"{step}_prompt_tokens": read}
+            texts = [f"Is this a good passage? Answer with one word, yes or no.\n\n{reply.text}" for reply in replies]
+        await teacher.close()
+        print(found, flush=True)
+        return found
+
+    print("\n## A model that runs here\n")
+    return [asyncio.run(ask(slots)) for slots in (1, 8, 16)]
+
+
+PARTS = {part.__name__: part for part in (rate, flight, restart, memory, local)}
 
 
 def main() -> None:
@@ -247,6 +273,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="*", help=f"some of {', '.join(PARTS)} (default: all)")
     parser.add_argument("--curator", help="Python of an environment with bespokelabs-curator")
+    parser.add_argument("--llm", default="smollm2", help="the model of the part `local` (default: %(default)s)")
     args = parser.parse_args()
     if unknown := set(args.parts) - set(PARTS):
         parser.error(f"no such part: {', '.join(sorted(unknown))}")

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# The README's six commands on the embedded dataset, and then the label-free ones. LLM=replay (default) | smollm2 | gpt-4o | ...
+# The README's six commands on the embedded dataset, and then the label-free ones. LLM=replay (default) | qwen2.5-1.5b |
+# smollm2 | gpt-4o | ...
 # LEDGER=FILE keeps a live teacher's replies there; with LLM=replay they are what answers.
 set -euo pipefail
 cd "$(dirname "$0")/.."

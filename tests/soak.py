@@ -22,7 +22,6 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.append(str(ROOT / "tests"))
-from llama_server import llama_server, smollm2
 from llm_server import LLMServer
 
 # All that passes when the request is sent again.
@@ -62,8 +61,9 @@ STAGES: list[tuple[str, list[str], int]] = [
 ]
 
 
-def start(command: list[str], home: Path, url: str, log: Path, disk: int | None = None) -> subprocess.Popen[bytes]:
-    teacher = ["--llm", "teacher", "--base-url", url, "--concurrency", "16", "--attempts", "20"]
+def start(command: list[str], home: Path, url: str | None, log: Path, disk: int | None = None) -> subprocess.Popen[bytes]:
+    """`url`: the teacher's; None is the one that runs here."""
+    teacher = ["--llm", "teacher", "--base-url", url, "--concurrency", "16", "--attempts", "20"] if url else ["--llm", "smollm2"]
     argv = [part for word in command for part in (teacher if word == "LLM" else [word])]
     env = {**os.environ, "SYNTRIEVER_HOME": str(home), "OPENAI_API_KEY": "sk-soak", "OMP_NUM_THREADS": "1"}
 
@@ -159,26 +159,25 @@ LLAMA_STAGES: list[tuple[list[str], str, int]] = [  # command, its ledger, repli
 
 def llama(home: Path) -> None:
     """20 queries through llama.cpp's server, each LLM stage killed once: no reply is lost, none is asked for again."""
-    with llama_server(smollm2(), slots=4) as url:
-        for command, ledger, enough in LLAMA_STAGES:
-            before = b""
-            if ledger:
-                process = start(command, home, url, home / "log")
-                while (home / ledger).is_file() is False or (home / ledger).read_bytes().count(b"\n") < enough:
-                    check(process.poll() is None, f"{command[0]} ended before it was killed", home / "log")
-                    time.sleep(0.05)
-                os.killpg(process.pid, 9)
-                process.wait()
-                before = (home / ledger).read_bytes().rpartition(b"\n")[0]
-            found = []
-            for _ in range(2 if ledger else 1):
-                code = start(command, home, url, home / "log").wait()
-                check(code == 0, f"{command[0]} with llama.cpp: exit {code}", home / "log")
-                found.append((home / ledger).read_bytes() if ledger else b"")
-            keys = [json.loads(line)["key"] for line in found[0].splitlines()]
-            check(found[0].startswith(before), f"{ledger} lost replies", home / "log")
-            check(found[0] == found[-1] and len(keys) == len(set(keys)), f"{ledger}: a reply was paid twice", home / "log")
-            print(f"llama.cpp: {command[0]}{f', killed after {enough} of {len(keys)} replies' if ledger else ''}", flush=True)
+    for command, ledger, enough in LLAMA_STAGES:
+        before = b""
+        if ledger:
+            process = start(command, home, None, home / "log")
+            while (home / ledger).is_file() is False or (home / ledger).read_bytes().count(b"\n") < enough:
+                check(process.poll() is None, f"{command[0]} ended before it was killed", home / "log")
+                time.sleep(0.05)
+            os.killpg(process.pid, 9)
+            process.wait()
+            before = (home / ledger).read_bytes().rpartition(b"\n")[0]
+        found = []
+        for _ in range(2 if ledger else 1):
+            code = start(command, home, None, home / "log").wait()
+            check(code == 0, f"{command[0]} with llama.cpp: exit {code}", home / "log")
+            found.append((home / ledger).read_bytes() if ledger else b"")
+        keys = [json.loads(line)["key"] for line in found[0].splitlines()]
+        check(found[0].startswith(before), f"{ledger} lost replies", home / "log")
+        check(found[0] == found[-1] and len(keys) == len(set(keys)), f"{ledger}: a reply was paid twice", home / "log")
+        print(f"llama.cpp: {command[0]}{f', killed after {enough} of {len(keys)} replies' if ledger else ''}", flush=True)
 
 
 def main() -> None:

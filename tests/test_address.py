@@ -185,7 +185,7 @@ def test_server_is_meant_where_a_name_is_a_folder_too(lab, tmp_path, monkeypatch
             teacher = teachers.make_teacher(name, "tiny", paths.synthetic("tiny"), args)
             assert (type(teacher).__name__, teacher.model) == (where, name)
         else:
-            with pytest.raises(BadInput, match="holds neither"):
+            with pytest.raises(BadInput, match="only a GGUF file runs here"):
                 teachers.make_teacher(name, "tiny", paths.synthetic("tiny"), args)
 
 

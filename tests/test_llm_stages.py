@@ -1,18 +1,15 @@
 """Synthesis and comparison: the real scripts and the real OpenAI client against a server that fails by script."""
 
-import asyncio
 import contextlib
 import json
 import os
 import random
 import re
-import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections import Counter
-from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -562,83 +559,3 @@ def test_default_teacher(recorded, run, monkeypatch, capsys):
     assert teachers.default_llm("tiny", None) == "gpt-4o"
     assert teachers.default_llm("tiny", "smollm2") == "smollm2"
     assert capsys.readouterr().out == ""
-
-
-# --- a model in this process
-
-WORDS = "<pad> <end> <turn> <unk> user: assistant: yes no 1 2 tie Yes No Tie a b c d e f g h".split()  # noqa: SIM905
-
-
-@pytest.fixture(scope="module")
-def tiny_llm(tmp_path_factory):
-    """A random Llama of 22 words; <end> ends a text."""
-    import torch
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
-    folder, threads = tmp_path_factory.mktemp("llm"), torch.get_num_threads()
-    torch.set_num_threads(1)
-    tokenizer = Tokenizer(models.WordLevel({word: n for n, word in enumerate(WORDS)}, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<end>", unk_token="<unk>")
-    fast.chat_template = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}assistant: "
-    fast.save_pretrained(folder)
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
-    tokens = {"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": None}
-    LlamaForCausalLM(LlamaConfig(vocab_size=22, max_position_embeddings=256, **tokens, **sizes)).save_pretrained(folder)
-    yield folder
-    torch.set_num_threads(threads)
-
-
-TEXTS = ["a b c", "d", "e f g h a b c d e f", "h h", "a", "g f e d"]
-
-
-def ask_local(folder, requests, batch_size=16, seed=0):
-    from syntriever.llm.local import LocalTeacher
-
-    async def ask_all():
-        teacher = LocalTeacher(str(folder), batch_size, seed)
-        return await asyncio.gather(*map(teacher.answer, requests))
-
-    return asyncio.run(ask_all())
-
-
-def about(texts, temperature=0.0, max_tokens=8, choices=()):
-    return [Request("cot", (prompt,), prompt, temperature, max_tokens, choices) for prompt in texts]
-
-
-def test_local_verdicts_are_choices_and_batches_change_nothing(tiny_llm):
-    mixed = [*about(TEXTS), *about(TEXTS, choices=("yes", "no")), *about(TEXTS, choices=("1", "2", "tie"))]
-    together = ask_local(tiny_llm, mixed)
-    assert all(reply.text in r.choices and not reply.reason for r, reply in zip(mixed, together, strict=True) if r.choices)
-    assert [reply.prompt_tokens for reply in together[:6]] == [len(prompt.split()) + 2 for prompt in TEXTS]
-    assert together == ask_local(tiny_llm, mixed, batch_size=1)
-    soft = ask_local(tiny_llm, [replace(request, logprobs=True) for request in mixed[6:12]])
-    assert [reply.text for reply in soft] == ["yes" if reply.log_odds > 0 else "no" for reply in soft]
-    assert [replace(reply, log_odds=None) for reply in soft] == together[6:12]
-
-
-def test_local_sampling_follows_the_seed_and_ends_at_the_limit(tiny_llm):
-    first = ask_local(tiny_llm, about(TEXTS, 0.7, 12))
-    assert first == ask_local(tiny_llm, about(TEXTS, 0.7, 12))
-    assert first != ask_local(tiny_llm, about(TEXTS, 0.7, 12), seed=1)
-    assert {reply.reason for reply in first} == {"", "length"}
-    for reply in first:
-        # Special tokens count, but are no words.
-        assert len(reply.text.split()) <= reply.completion_tokens <= (12 if reply.reason else 11)
-        assert not reply.reason or reply.completion_tokens == 12
-        assert reply.finish_reason == (reply.reason or "stop")
-
-
-def test_local_reply_ends_at_any_token_that_the_model_names(tiny_llm, tmp_path):
-    shutil.copytree(tiny_llm, tmp_path / "chat")  # as Llama 3, Qwen and Gemma do, <end> stays the tokenizer's end
-    settings = json.loads((tmp_path / "chat" / "generation_config.json").read_text())
-    (tmp_path / "chat" / "generation_config.json").write_text(json.dumps({**settings, "eos_token_id": list(range(1, 22, 2))}))
-    replies = ask_local(tmp_path / "chat", about(TEXTS, 0.7, 64))
-    assert [reply.finish_reason for reply in replies] == ["stop"] * 6
-
-
-def test_prompt_too_long_for_a_local_model_fails_alone(tiny_llm):
-    replies = ask_local(tiny_llm, about([*TEXTS, "a " * 300]))
-    assert [reply.reason == "context_length" for reply in replies] == [False] * 6 + [True]

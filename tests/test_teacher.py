@@ -468,9 +468,8 @@ def test_tokens_are_counted_by_the_models_own_tokenizer_where_it_is_at_hand(monk
     monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", pretrained)
     for error in (KeyError, OSError, ValueError):  # no model of OpenAI, no network, a page that asks to log in
         monkeypatch.setattr(tiktoken, "encoding_for_model", lambda model, error=error: (_ for _ in ()).throw(error()))
-        for model in ("org/model", "hf:org/model"):
-            count, name = cost.token_counter(model)
-            assert (count("one two three"), name) == (3, f"the tokenizer of {model}")
+        count, name = cost.token_counter("org/model")
+        assert (count("one two three"), name) == (3, "the tokenizer of org/model")
         for model in ("gpt-4o", "org/other"):
             count, name = cost.token_counter(model)
             assert (count("x" * 41), name[:18]) == (11, "four bytes a token")

@@ -124,6 +124,11 @@ def batches(path: Path) -> Path:
     return path.with_name(path.stem + ".batches.json")
 
 
+def cached(name: str) -> Path:
+    """A file that is downloaded once for all projects of the user."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "syntriever" / name
+
+
 def report_html() -> Path:
     """One page about the last evaluation."""
     return home() / "results" / "report.html"

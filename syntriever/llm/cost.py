@@ -153,7 +153,7 @@ def token_counter(model: str) -> tuple[Callable[[str], int], str]:
         try:
             from transformers import AutoTokenizer
 
-            tokenizer = AutoTokenizer.from_pretrained(model.removeprefix("hf:"), local_files_only=True)
+            tokenizer = AutoTokenizer.from_pretrained(model, local_files_only=True)
             return lambda text: len(tokenizer(text)["input_ids"]), f"the tokenizer of {model}"
         except (OSError, ValueError, ImportError):
             pass

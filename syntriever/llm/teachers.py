@@ -1,5 +1,5 @@
-"""Which teacher answers: recorded answers, a ledger, any OpenAI-compatible server, or a model in
-this process; and the options of the LLM stages."""
+"""Which teacher answers: recorded answers, a ledger, any OpenAI-compatible server, or one that this process starts; and the
+options of the LLM stages."""
 
 import argparse
 import os
@@ -7,10 +7,13 @@ from pathlib import Path
 
 from syntriever.errors import BadInput
 from syntriever.files import paths
-from syntriever.llm import cost
+from syntriever.llm import cost, llama
 from syntriever.llm.asking import Teacher
 from syntriever.llm.replay import LedgerTeacher, ReplayTeacher
+from syntriever.llm.server import OpenAITeacher
 from syntriever.run import terminal
+
+CONCURRENCY = 64  # requests in flight at a server elsewhere
 
 
 def default_llm(ds: str, wanted: str | None, base_url: str | None = None) -> str:
@@ -26,7 +29,7 @@ def default_llm(ds: str, wanted: str | None, base_url: str | None = None) -> str
 
 
 def make_teacher(name: str, ds: str, output: Path, args: argparse.Namespace) -> Teacher:
-    """Teacher by name: `replay`, a local model (`smollm2`, a path, `hf:<Hub id>`), else an API model."""
+    """Teacher by name: `replay`, a model that runs here (`gguf:FILE`, a folder, an alias), else an API model."""
     kind, _, model = name.partition(":")
     if kind == "replay":
         if args.batch:
@@ -40,15 +43,11 @@ def make_teacher(name: str, ds: str, output: Path, args: argparse.Namespace) -> 
     if args.max_cost is not None and not cost.price_of(name, args.batch):
         raise BadInput(f"--max-cost: {cost.PRICES.name} lists no price for {name}; add it there ({cost.PRICES})")
     named = args.base_url or (os.environ.get("OPENAI_BASE_URL", "").strip() and os.path.isdir(name))
-    if not named and (name == "smollm2" or name.startswith("hf:") or os.path.isdir(name)):
-        from syntriever.llm.local import LocalTeacher
-
+    if not named and (name in llama.NAMES or kind in ("gguf", "hf") or os.path.isdir(name)):
         if args.batch:
-            raise BadInput(f"--batch is for a model behind an API; {name} runs in this process, in batches anyway")
-        return LocalTeacher(name, batch_size=args.local_batch_size, seed=args.seed)
-    from syntriever.llm.server import OpenAITeacher
-
-    teacher = OpenAITeacher(name, args.base_url, args.concurrency, args.attempts, args.timeout)
+            raise BadInput(f"--batch is for a model behind an API; {name} runs here, several requests at once anyway")
+        return llama.LlamaTeacher(name, args.concurrency or llama.SLOTS, args.attempts)
+    teacher = OpenAITeacher(name, args.base_url, args.concurrency or CONCURRENCY, args.attempts, args.timeout)
     if args.batch:
         from syntriever.llm.batch_api import BatchTeacher
 
@@ -61,7 +60,7 @@ def add_options(parser: argparse.ArgumentParser, verdict_max_tokens: int | None,
     group = parser.add_argument_group(title)
     group.add_argument(
         "--llm",
-        help="gpt-4o or any model of the server; replay (recorded answers); smollm2, hf:<Hub id> or a folder (runs here). "
+        help=f"gpt-4o or any model of the server; replay (recorded answers); gguf:FILE, {' or '.join(llama.NAMES)} (run here). "
         "Default: gpt-4o, or replay where there are recorded answers for the dataset and OPENAI_API_KEY is not set",
     )
     group.add_argument("--base-url", help="OpenAI-compatible server, e.g. http://localhost:8000/v1 (default: OPENAI_BASE_URL)")
@@ -76,7 +75,8 @@ def add_options(parser: argparse.ArgumentParser, verdict_max_tokens: int | None,
     group.add_argument("--dry-run", action="store_true", help="estimate requests, tokens and cost, and write nothing")
     group.add_argument("--max-requests", type=int, help="stop after this many requests (default: no limit)")
     group.add_argument("--max-cost", type=float, help="stop before this many USD, by syntriever/prices.json (default: no limit)")
-    group.add_argument("--concurrency", type=int, default=64, help="requests in flight at once (default: %(default)s)")
+    what = f"requests in flight at once (default: {CONCURRENCY}, or {llama.SLOTS} of a model that runs here)"
+    group.add_argument("--concurrency", type=int, help=what)
     group.add_argument("--attempts", type=int, default=6, help="tries per request on 5xx and timeouts (default: %(default)s)")
     group.add_argument("--timeout", type=float, default=120, help="seconds to wait for one reply (default: %(default)s)")
     if verdict_max_tokens:
@@ -90,14 +90,11 @@ def add_options(parser: argparse.ArgumentParser, verdict_max_tokens: int | None,
     group.add_argument(
         "--max-failure-rate", type=float, default=0.1, help="exit 1 when a larger share of rows failed (default: %(default)s)"
     )
-    group.add_argument(
-        "--local-batch-size", type=int, default=32, help="prompts per batch of a local model (default: %(default)s)"
-    )
     group.add_argument("--seed", type=int, default=42, help="seed of shuffles and sampling (default: %(default)s)")
 
 
 def check_options(args: argparse.Namespace) -> None:
-    for name in ("concurrency", "attempts", "timeout", "local_batch_size", "verdict_max_tokens", "max_cost", "max_requests"):
+    for name in ("concurrency", "attempts", "timeout", "verdict_max_tokens", "max_cost", "max_requests"):
         value = getattr(args, name, None)
         if value is not None and not value > 0:
             raise BadInput(f"--{name.replace('_', '-')} must be positive")
