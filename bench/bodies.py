@@ -7,6 +7,7 @@ Run      python bench/bodies.py FOLDER
 """
 
 import io
+import itertools
 import struct
 import subprocess
 import sys
@@ -89,7 +90,7 @@ def e5(folder: Path) -> None:
     eps, _, pieces, bos, eos, pad, unknown, length = file.take("f6iQ")
     offsets, scores = file.array("<u4", pieces + 1), file.array("<f4", pieces)
     blob = bytes(file.array("u1", length))
-    texts = [blob[start:end].decode() for start, end in zip(offsets, offsets[1:], strict=False)]
+    texts = [blob[start:end].decode() for start, end in itertools.pairwise(offsets)]
     _, skipped = file.take("iI")  # a table of characters, which NMT and NFKC of tokenizers stand for
     file.at += skipped
     tensors = {}
