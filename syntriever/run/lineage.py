@@ -17,7 +17,7 @@ from syntriever.errors import BadInput
 from syntriever.files import jsonl, paths
 from syntriever.run import cli, terminal
 
-PACKAGES = ("torch", "transformers", "sentence-transformers", "datasets", "faiss-cpu", "beir", "openai", "numpy")
+PACKAGES = ("torch", "transformers", "sentence-transformers", "datasets", "faiss-cpu", "beir", "openai", "numpy", "peft")
 
 
 def sha256(path: Path) -> str:
