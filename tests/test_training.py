@@ -438,7 +438,7 @@ def test_stage2_resumes_to_the_same_weights(home, docstrings, dropout_encoder, r
     assert digest(output) == calm
 
 
-@pytest.mark.parametrize("loss", [[], ["--loss", "distill", "--candidates", "8"], ["--lora", "4", "--mini-batch-size", "5"]])
+@pytest.mark.parametrize("loss", [[], ["--loss", "distill", "--candidates", "8"], ["--lora", "4", "--lr", "1e-3"]])
 def test_two_processes_train_the_weights_of_one(two_homes, dropout_encoder, loss):
     """The real command under torchrun: one checkpoint, the same weights to rounding."""
     alone, both = two_homes
