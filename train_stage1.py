@@ -118,7 +118,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--no-synthetic", action="store_true", help="ablation: leave out all synthetic text")
     parser.add_argument("--no-relabel", action="store_true", help="ablation: trust every positive, verified or not")
     options.add_judgement_options(parser, "gold", "gold where qrels/train.tsv is there, else llm")
-    options.add_training_options(parser, epochs=3, batch_size=32)
+    options.add_training_options(parser, epochs=3, batch_size=32, lr="1e-4 on gold judgements, 5e-5 on those of an LLM")
     return cli.parse(parser, argv, **PAPER)
 
 
@@ -181,7 +181,7 @@ def main(args: argparse.Namespace) -> None:
     dataset.ensure(args.dataset, fetch=False)
     args.judgements = args.judgements or training.default_judgements(args.dataset, args.queries)
     on_gold = args.judgements == "gold"
-    args.lr = args.lr or (1e-4 if on_gold else 5e-5)
+    args.lr = args.lr or (options.LORA_LR if args.lora else 1e-4 if on_gold else 5e-5)
     args.loss = args.loss or ("listwise" if not on_gold else "cluster" if ref.late else "distill")
     if (args.loss in ORDERS) == on_gold:
         raise BadInput(f"--loss {args.loss} does not go with --judgements {args.judgements}; see --help")

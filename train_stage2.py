@@ -131,7 +131,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--preferences", type=Path, help="preferences to train on (default: stage2/<model>_<dataset>_preferences.jsonl)"
     )
     options.add_judgement_options(parser, "preferences", "preferences, or llm where only grades are there")
-    options.add_training_options(parser, epochs=1, batch_size=32, lr=2e-5)
+    options.add_training_options(parser, epochs=1, batch_size=32, lr="2e-5")
     return cli.parse(parser, argv, **PAPER)
 
 
@@ -190,6 +190,7 @@ def load_pairs(ds: str, source: Path, queries: dict[str, str], corpus: Corpus) -
 
 def main(args: argparse.Namespace) -> None:
     options.check_training_options(args)
+    args.lr = args.lr or (options.LORA_LR if args.lora else 2e-5)
     if args.beta < 0:
         raise BadInput(f"--beta must not be negative, got {args.beta}")
     ref = models.resolve(args.model, args.dataset, args.name, args.query_prefix, args.passage_prefix)

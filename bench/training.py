@@ -1,7 +1,8 @@
 """Benchmark of the training stages: the real commands on pydocs, against plain sentence-transformers.
 
 Run      python bench/training.py                   all parts, about 25 minutes on two cores
-         python bench/training.py step lists        some of: step, lists, memory
+         python bench/training.py step lists        some of: step, lists, memory, lora
+         python bench/training.py lora --model sbert    LoRA against full training, of another encoder
 Peer     step: SentenceTransformerTrainer with the same loss over five columns, one forward pass each, the
          same rows, batch size, length, optimiser and denormal flushing; in float32, its default, also on a GPU
 Writes   bench/training.json
@@ -145,8 +146,8 @@ def sentence_transformers(home: Path, steps: int) -> None:
     print(json.dumps({"steps": len(times) - 2, "seconds": times[-1] - times[1]}))
 
 
-def stage1(home: Path, ds: str, *options: str) -> dict[str, float]:
-    return command(home, ROOT / "train_stage1.py", "minilm", ds, *COMMON, "--loss", "snn", *options)
+def stage1(home: Path, ds: str, *options: str, model: str = "minilm") -> dict[str, float]:
+    return command(home, ROOT / "train_stage1.py", model, ds, *COMMON, "--loss", "snn", *options)
 
 
 def step(home: Path) -> dict[str, Any]:
@@ -217,10 +218,21 @@ def memory(home: Path) -> dict[str, Any]:
     return found | {"ratio": found["batch_1024_cached_mib"] / found["batch_32_mib"]}
 
 
+def lora(home: Path, model: str) -> dict[str, Any]:
+    """Peak memory and time of a step of 32 rows: full training, and adapters of rank 16."""
+    found: dict[str, Any] = {"model": model}
+    for name, options in (("full", []), ("lora", ["--lora", "16"])):
+        run = stage1(home, "small", "--batch-size", str(BATCH), "--epochs", str(STEPS * BATCH / 256), *options, model=model)
+        found |= {f"{name}_s_per_step": run["seconds_per_step"], f"{name}_mib": run["peak_mib"]}
+        print(f"lora: {model} {name} {run['seconds_per_step']:.2f} s a step, {run['peak_mib']:.0f} MiB", flush=True)
+    return found | {"ratio": found["full_mib"] / found["lora_mib"]}
+
+
 def main() -> None:
-    parts = {"step": step, "lists": lists, "memory": memory}
+    parts = {"step": step, "lists": lists, "memory": memory, "lora": lambda home: lora(home, args.model)}
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="*", choices=(*parts, []), help="which (default: all)")
+    parser.add_argument("--model", default="minilm", help="encoder of the part lora (default: %(default)s)")
     parser.add_argument("--peer", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.peer:

@@ -288,10 +288,10 @@ def test_every_architecture_reads_what_it_can(folder_of, name, docstrings):
             load(folder_of(name), above)
 
 
-@pytest.mark.parametrize("name", ["roberta", "t5", "gpt2", "qwen3"])
-def test_every_architecture_goes_through_the_stages(home, folder_of, own_preferences, run_script, name):
+@pytest.mark.parametrize(("name", "more"), [*((n, []) for n in ("roberta", "t5", "gpt2", "qwen3")), ("qwen3", ["--lora", "4"])])
+def test_every_architecture_goes_through_the_stages(home, folder_of, own_preferences, run_script, name, more):
     """At its own length, with passages longer than that."""
-    common = ["--batch-size", "12", "--device", "cpu", "--epochs", "1"]
+    common = ["--batch-size", "12", "--device", "cpu", "--epochs", "1", *more]
     corpus = home / "datasets" / "tiny" / "corpus.jsonl"
     rows = [json.loads(line) for line in corpus.read_text().splitlines()]
     write_jsonl(corpus, [row | {"text": row["text"] + " word" * (600 if row is rows[0] else 0)} for row in rows])

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 from syntriever.encode import models, search
 from syntriever.encode.encoder import Encoder
-from syntriever.train import batching, journal, loop
+from syntriever.train import batching, journal, loop, lora
 
 train_stage1, train_stage2 = load_script("train_stage1.py"), load_script("train_stage2.py")
 TAU = 0.05
@@ -73,9 +73,15 @@ def equal_with_and_without_caching(model, docstrings, loss):
     return ours
 
 
-@pytest.mark.parametrize("loss", ["snn", "cluster", "infonce", "authors"])
-def test_gradient_caching_changes_no_gradient(dropout_encoder, docstrings, loss):
-    model = models.load(models.resolve(str(dropout_encoder), "tiny"), "cpu").train()
+@pytest.mark.parametrize(("loss", "rank"), [("snn", 0), ("cluster", 0), ("infonce", 0), ("authors", 0), ("snn", 4)])
+def test_gradient_caching_changes_no_gradient(dropout_encoder, docstrings, loss, rank):
+    model = models.load(models.resolve(str(dropout_encoder), "tiny"), "cpu")
+    if rank:
+        lora.add(model, rank, 1)
+        for name, parameter in model.named_parameters():
+            if ".lora_B." in name:  # at 0 it hides the gradient of A
+                torch.nn.init.normal_(parameter)
+    model.train()
     ours = equal_with_and_without_caching(model, docstrings, loss)
     assert len(ours) > 20
     # Dropout is drawn anew at each step.
@@ -335,9 +341,10 @@ def digest(folder):
 SHORT = ["--epochs", "2", "--batch-size", "6", "--max-length", "32", "--dev-pool", "5", "--lr", "1e-3"]
 
 
-def test_sigterm_saves_and_resume_goes_on(home, dropout_encoder, run_script, interrupt):
+@pytest.mark.parametrize("more", [[], ["--lora", "4"]])
+def test_sigterm_saves_and_resume_goes_on(home, dropout_encoder, run_script, interrupt, more):
     output, work = home / "output" / "e5-small-tiny-sft-tiny", home / "output" / ".e5-small-tiny-sft-tiny.tmp"
-    command = ["train_stage1.py", dropout_encoder, "tiny", *SHORT]
+    command = ["train_stage1.py", dropout_encoder, "tiny", *SHORT, *more]
     assert run_script(*command)[0] == 0
     calm = digest(output)
     log = [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
@@ -347,6 +354,8 @@ def test_sigterm_saves_and_resume_goes_on(home, dropout_encoder, run_script, int
     assert "stopped at step 5 of 12; the same command with --resume goes on" in err
     assert digest(output) == calm  # the old output stays until the new one is complete
     assert [p.name for p in work.glob("checkpoint-*")] == ["checkpoint-5"]
+    names = [name for name in load_file(work / "checkpoint-5" / "state.safetensors") if name.startswith("model.")]
+    assert all((".lora_" in name) == bool(more) for name in names)
 
     code, _, err = run_script(*command, "--resume", "--temperature", "0.1")
     assert code == 2
@@ -406,7 +415,7 @@ def test_resume_without_an_interrupted_run_starts_from_the_beginning(home, dropo
     assert "--resume would go on with it, this starts anew" in out
 
 
-@pytest.mark.parametrize("batching", ["pairs", "lists"])
+@pytest.mark.parametrize("batching", [["pairs"], ["lists"], ["lists", "--lora", "4"]])
 def test_stage2_resumes_to_the_same_weights(home, docstrings, dropout_encoder, run_script, interrupt, batching):
     train = docstrings[:36]
     rows = [
@@ -415,7 +424,7 @@ def test_stage2_resumes_to_the_same_weights(home, docstrings, dropout_encoder, r
         for d in (1, 2)
     ]
     write_jsonl(home / "stage2" / "own.jsonl", rows)
-    given = ["--preferences", home / "stage2" / "own.jsonl", "--name", "own", "--batching", batching]
+    given = ["--preferences", home / "stage2" / "own.jsonl", "--name", "own", "--batching", *batching]
     command = ["train_stage2.py", dropout_encoder, "tiny", *SHORT, *given]
     assert run_script(*command)[0] == 0
     output = home / "output" / "own-final-tiny"
@@ -429,7 +438,7 @@ def test_stage2_resumes_to_the_same_weights(home, docstrings, dropout_encoder, r
     assert digest(output) == calm
 
 
-@pytest.mark.parametrize("loss", [[], ["--loss", "distill", "--candidates", "8"]])
+@pytest.mark.parametrize("loss", [[], ["--loss", "distill", "--candidates", "8"], ["--lora", "4", "--lr", "1e-3"]])
 def test_two_processes_train_the_weights_of_one(two_homes, dropout_encoder, loss):
     """The real command under torchrun: one checkpoint, the same weights to rounding."""
     alone, both = two_homes

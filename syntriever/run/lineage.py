@@ -17,7 +17,18 @@ from syntriever.errors import BadInput
 from syntriever.files import jsonl, paths
 from syntriever.run import cli, terminal
 
-PACKAGES = ("torch", "transformers", "sentence-transformers", "datasets", "faiss-cpu", "beir", "openai", "xllamacpp", "numpy")
+PACKAGES = (
+    "torch",
+    "transformers",
+    "sentence-transformers",
+    "peft",
+    "datasets",
+    "faiss-cpu",
+    "beir",
+    "openai",
+    "xllamacpp",
+    "numpy",
+)
 
 
 def sha256(path: Path) -> str:

@@ -5,6 +5,8 @@ import argparse
 from syntriever.errors import BadInput
 from syntriever.run import cli
 
+LORA_LR = 2e-4
+
 
 def add_encoding_options(parser: argparse.ArgumentParser) -> None:
     """Options of the stages that embed a corpus."""
@@ -26,15 +28,14 @@ def add_encoding_options(parser: argparse.ArgumentParser) -> None:
     _add_common_options(group)
 
 
-def add_training_options(parser: argparse.ArgumentParser, *, epochs: float, batch_size: int, lr: float | None = None) -> None:
-    """Options of both training stages."""
+def add_training_options(parser: argparse.ArgumentParser, *, epochs: float, batch_size: int, lr: str) -> None:
+    """Options of both training stages. `lr`: what the default of `--lr` is, without `--lora`."""
     group = parser.add_argument_group("training")
     group.add_argument("--epochs", type=float, default=epochs, help="passes over the rows (default: %(default)s)")
     group.add_argument(
         "--batch-size", type=int, default=batch_size, help="rows per step, of all processes together (default: %(default)s)"
     )
-    rate = lr or "1e-4 on gold judgements, 5e-5 on those of an LLM"
-    group.add_argument("--lr", type=float, default=lr, help=f"peak learning rate of AdamW (default: {rate})")
+    group.add_argument("--lr", type=float, help=f"peak learning rate of AdamW (default: {lr}; with --lora {LORA_LR:g})")
     group.add_argument(
         "--warmup", type=float, default=0.1, help="share of the steps with rising learning rate (default: %(default)s)"
     )
@@ -51,6 +52,10 @@ def add_training_options(parser: argparse.ArgumentParser, *, epochs: float, batc
         type=int,
         help="gradient caching: hold the activations of this many texts at a time, for large batches (default: of all)",
     )
+    what = "train adapters of this rank beside the linear layers (LoRA), not the encoder; they want a higher --lr than it does"
+    group.add_argument("--lora", type=int, metavar="RANK", help=what)
+    what = "save the adapters, too, in the folder adapter/ of the checkpoint, which itself holds them merged"
+    group.add_argument("--save-adapter", action="store_true", help=what)
     group.add_argument("--resume", action="store_true", help="go on where an interrupted run stopped")
     group.add_argument(
         "--save-minutes", type=float, default=15, help="minutes between checkpoints, beside epochs (default: %(default)s)"
@@ -98,7 +103,9 @@ def check_training_options(args: argparse.Namespace) -> None:
     cli.check_positive(
         args, "epochs", "batch_size", "lr", "temperature", "max_length", "dev_pool", "dev_queries", "mini_batch_size"
     )
-    cli.check_positive(args, "candidates", "grade_temperature")
+    cli.check_positive(args, "candidates", "grade_temperature", "lora")
+    if args.save_adapter and not args.lora:
+        raise BadInput("--save-adapter saves what --lora RANK trains: add --lora")
     if not 0 <= args.warmup < 1:
         raise BadInput(f"--warmup is a share between 0 and 1, not {args.warmup}")
     _check_device(args.device)

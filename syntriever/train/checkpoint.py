@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 # Options that may differ between the run that was interrupted and the one that goes on.
-FREE = {"resume", "device", "force", "save_minutes", "compile", "mini_batch_size"}
+FREE = {"resume", "device", "force", "save_minutes", "compile", "mini_batch_size", "save_adapter"}
 
 
 def settings_of(record: lineage.Record) -> dict[str, Any]:
@@ -79,12 +79,18 @@ def swap(work: Path, output: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
+def trained(model: nn.Module) -> dict[str, Tensor]:
+    """What training may change of a model's state: all but its frozen parameters."""
+    frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    return {name: tensor for name, tensor in model.state_dict().items() if name not in frozen}
+
+
 def save(work: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
     """Write `checkpoint-<step>` and then remove the older ones. It appears under its name only when
     all of it is on disk; `state.json` has the hash of the tensors."""
     from safetensors.torch import save as serialize
 
-    tensors = {f"model.{name}": value.clone() for name, value in model.state_dict().items()}
+    tensors = {f"model.{name}": value.clone() for name, value in trained(model).items()}
     for number, parameter in enumerate(_parameters(optimizer)):
         for name, value in optimizer.state[parameter].items():
             tensors[f"optimizer.{number}.{name}"] = value
@@ -109,7 +115,7 @@ def load(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> di
 
     tensors = load_file(folder / "state.safetensors")
     own = {name.removeprefix("model."): value for name, value in tensors.items() if name.startswith("model.")}
-    model.load_state_dict(own)
+    model.load_state_dict(own, strict=False)
     for number, parameter in enumerate(_parameters(optimizer)):
         prefix = f"optimizer.{number}."
         found = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}

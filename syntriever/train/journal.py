@@ -24,6 +24,7 @@ from syntriever.files import jsonl, paths
 from syntriever.report import metrics
 from syntriever.report.pictures import picture
 from syntriever.run import processes, terminal
+from syntriever.train.checkpoint import trained
 
 
 class DevScore:
@@ -129,28 +130,29 @@ class Journal:
         self.add(step, {"epoch": epoch, "dev_ndcg@10": value})
         terminal.say(f"       epoch {epoch:g}: dev nDCG@10 {value:.4f}" + ("" if epoch else " (before training)"))
         if not epoch and self.dev.from_start:
-            _write(model.state_dict(), self.work / START)
+            _write(trained(model), self.work / START)
         if value > self.best and (epoch or self.dev.from_start):
             self._keep(model, self.last, epoch)
 
     def _keep(self, model: Any, values: dict[str, float], epoch: float, averaged: bool = False) -> None:
         self.best, self.best_epoch, self.averaged, self.best_values = metrics.mean(values), epoch, averaged, values
-        _write(model.state_dict(), self._best_file())
+        _write(trained(model), self._best_file())
 
     def choose(self, model: Any, step: int, epoch: float) -> None:
         """Between the last epoch, whatever was best before it, and the average of its weights and those from the start. A few
         dozen queries measure little: the last epoch stays unless another is better by more than a standard error."""
         if self.dev is None or not self.dev.from_start:
             return
-        start, last = load_file(self.work / START), {name: tensor.clone() for name, tensor in model.state_dict().items()}
-        floats = {name for name, tensor in last.items() if tensor.is_floating_point()}
-        model.load_state_dict({n: (t.cpu() + start[n]) / 2 if n in floats else t for n, t in last.items()})
+        start, last = load_file(self.work / START), {name: tensor.clone() for name, tensor in trained(model).items()}
+        # Of an adapter's B A, where B starts at 0, the average is that of B, times the last A.
+        floats = {name for name, tensor in last.items() if tensor.is_floating_point() and ".lora_A." not in name}
+        model.load_state_dict({n: (t.cpu() + start[n]) / 2 if n in floats else t for n, t in last.items()}, strict=False)
         values = self.dev(model)
         self.add(step, {"epoch": epoch, "dev_ndcg@10_of_average": metrics.mean(values)})
         terminal.say(f"       average of epoch {epoch:g} and the start: dev nDCG@10 {metrics.mean(values):.4f}")
         if metrics.mean(values) > self.best:
             self._keep(model, values, epoch, averaged=True)
-        model.load_state_dict(last)
+        model.load_state_dict(last, strict=False)
         gain = np.array([self.best_values[query] - self.last[query] for query in self.last])
         error = gain.std(ddof=1) / len(gain) ** 0.5 if len(gain) > 1 else np.inf
         if 0 < gain.mean() <= error:
@@ -167,7 +169,7 @@ class Journal:
 
     def restore_best(self, model: Any) -> None:
         if self._best_file().is_file():
-            model.load_state_dict(load_file(self._best_file()))
+            model.load_state_dict(load_file(self._best_file()), strict=False)
             terminal.say(f"best   {self.best_name} with dev nDCG@10 {self.best:.4f}")
             if not self.best_epoch:
                 terminal.say("warning: no epoch is better; the checkpoint holds the untrained encoder")

@@ -27,7 +27,7 @@ from syntriever.encode import models
 from syntriever.errors import Failed
 from syntriever.files import jsonl, paths
 from syntriever.run import lineage, processes, terminal
-from syntriever.train import batching, checkpoint, losses
+from syntriever.train import batching, checkpoint, lora, losses
 from syntriever.train.journal import DevScore, Journal, card, draw
 
 LossFunction = Callable[[Tensor, Tensor], tuple[Tensor, dict[str, Tensor]]]
@@ -167,7 +167,9 @@ def train(
     if args.dims:
         function = losses.at_prefixes(function, args.dims)
     collate = batching.Collator(model, sample, args.mini_batch_size, batching.GPU_TOKENS if cuda else batching.CPU_TOKENS)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0.0, fused=cuda)
+    adapters = lora.add(model, args.lora, args.seed) if args.lora else None
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=args.lr, weight_decay=0.0, fused=cuda)
     per_epoch = len(batches(0))
     total = math.ceil(args.epochs * per_epoch)
     state: dict[str, Any] = checkpoint.load(resume, model, optimizer) if resume else {"step": 0}
@@ -216,7 +218,7 @@ def train(
             optimizer.zero_grad()
             try:
                 loss, parts = backward(model, batch, function, args.seed * 1_000_003 + step, cached, bf16)
-                norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+                norm = torch.nn.utils.clip_grad_norm_(trained, 1.0)
                 if not torch.isfinite(norm):
                     raise FloatingPointError(f"{loss.item():.4g} and its gradient {norm.item()}")
             except FloatingPointError as error:
@@ -249,6 +251,10 @@ def train(
     journal.close()
     journal.restore_best(model)
     draw(journal.rows, work / "loss.png", title)
+    if adapters:
+        if args.save_adapter:
+            adapters.save_pretrained(str(work / "adapter"), save_embedding_layers=False)
+        adapters.merge_and_unload()
     models.save(model, work, card(title, args, journal, models.is_late(model)))
     record.write(
         work, steps=total, best_epoch=journal.best_epoch, averaged=journal.averaged, dev_ndcg_at_10=journal.best if dev else None
