@@ -167,9 +167,8 @@ def main(args: argparse.Namespace) -> None:
             )
     if processes.rank() or args.dry_run:
         return
-    summary = (
-        tables.summary([cut_to(dim, model) for model, dim in entries], args.datasets, table, ks) if len(datasets) > 1 else []
-    )
+    shown_rows = [cut_to(dim, model) for model, dim in entries]
+    summary = tables.summary(shown_rows, args.datasets, table, ks) if len(datasets) > 1 else []
     tables.print_summary(summary, f"{tables.main_of(ks)} by dataset")
     page.write(sections, summary, tables.main_of(ks))
     terminal.say(f"wrote  {paths.shown(paths.report_html())}")

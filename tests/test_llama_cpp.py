@@ -15,6 +15,7 @@ from llm_lab import wait_for
 from syntriever.errors import BadInput, Failed
 from syntriever.files import jsonl, paths
 from syntriever.llm import llama
+from syntriever.run import lineage
 
 GIVEN = ["--llm", "smollm2", "--concurrency", "2", "--max-failure-rate", "1"]  # the model is too small to be good
 
@@ -47,6 +48,8 @@ def test_synthesis_and_comparison_and_nothing_is_asked_twice(home, docstrings, r
     assert len(made) + len(failed) == 1
     assert all(row["cot"] and row["positive"] and row["finish_reasons"]["verify"] == "stop" for row in made)
     assert {row["reason"] for row in failed} <= {"length", "unparsable"}
+    judge = lineage.load_record(paths.synthetic("tiny"))["settings"]["llm"]
+    assert re.fullmatch(r"SmolLM2\S*@[0-9a-f]{12}", judge)
     asked = ledger(paths.synthesis_ledger("tiny"))
     assert {row["step"] for row in asked} >= {"cot", "positive", "negative"}
     assert all(row["prompt_tokens"] > 20 and 0 < row["completion_tokens"] <= 60 for row in asked)
@@ -108,7 +111,9 @@ def test_file_that_cannot_be_loaded(home, run_script, tmp_path):
         path.write_bytes(content)
         code, _, err = run_script("datasets/parse_synthetic.py", "tiny", "--llm", f"gguf:{path}")
         assert code == 2, err
-        assert re.fullmatch(rf"error: llama.cpp cannot load {path}: .*{said}.*\n", err.splitlines(keepends=True)[-1])
+        assert re.fullmatch(
+            rf"error: llama.cpp cannot load {path} for \d requests at once .*: .*{said}.*\n", err.splitlines(keepends=True)[-1]
+        )
 
 
 def test_server_ends_with_the_process_that_started_it():

@@ -367,6 +367,7 @@ def test_budget_that_runs_out_in_flight_stops_all_and_is_hard():
 def test_max_cost_needs_a_price(run):
     with LLMServer() as server:
         assert "lists no price for gpt-x" in run(server, SYNTHESIS, "--llm", "gpt-x", "--max-cost", 1, code=2)
+    assert "runs here and costs nothing" in run(None, SYNTHESIS, "--llm", "smollm2", "--max-cost", 1, code=2)
     assert not server.requests
 
 

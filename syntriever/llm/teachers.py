@@ -40,13 +40,17 @@ def make_teacher(name: str, ds: str, output: Path, args: argparse.Namespace) -> 
             raise BadInput(f"--llm {name}: name the ledger that holds the replies of {model} (--ledger FILE)")
         terminal.say("note:  recorded answers do not depend on the prompts")
         return ReplayTeacher(ds)
-    if args.max_cost is not None and not cost.price_of(name, args.batch):
-        raise BadInput(f"--max-cost: {cost.PRICES.name} lists no price for {name}; add it there ({cost.PRICES})")
     named = args.base_url or (os.environ.get("OPENAI_BASE_URL", "").strip() and os.path.isdir(name))
     if not named and (name in llama.NAMES or kind in ("gguf", "hf") or os.path.isdir(name)):
         if args.batch:
             raise BadInput(f"--batch is for a model behind an API; {name} runs here, several requests at once anyway")
-        return llama.LlamaTeacher(name, args.concurrency or llama.SLOTS, args.attempts)
+        if args.max_cost is not None:
+            raise BadInput(f"--max-cost: {name} runs here and costs nothing; --max-requests limits it")
+        local = llama.LlamaTeacher(name, args.concurrency or llama.SLOTS, args.attempts)
+        args.llm = local.model  # rows and records know a judge by its weights, not by where they lie
+        return local
+    if args.max_cost is not None and not cost.price_of(name, args.batch):
+        raise BadInput(f"--max-cost: {cost.PRICES.name} lists no price for {name}; add it there ({cost.PRICES})")
     teacher = OpenAITeacher(name, args.base_url, args.concurrency or CONCURRENCY, args.attempts, args.timeout)
     if args.batch:
         from syntriever.llm.batch_api import BatchTeacher
@@ -90,7 +94,7 @@ def add_options(parser: argparse.ArgumentParser, verdict_max_tokens: int | None,
     group.add_argument(
         "--max-failure-rate", type=float, default=0.1, help="exit 1 when a larger share of rows failed (default: %(default)s)"
     )
-    group.add_argument("--seed", type=int, default=42, help="seed of shuffles and sampling (default: %(default)s)")
+    group.add_argument("--seed", type=int, default=42, help="seed of what is drawn here (default: %(default)s)")
 
 
 def check_options(args: argparse.Namespace) -> None:

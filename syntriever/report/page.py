@@ -76,7 +76,7 @@ def section(
         _table(["", *columns], rows),
         *([_table(data.sizes[0], data.sizes[1:])] if data.sizes else []),
     ]
-    trained = [model for model in table if model in folders] or list(table)
+    trained = [model for model in table if model != "bm25"] or list(table)
     for new, old, test in tests:
         values = {model: table[model][measure] for model in (old, new)}
         opened = " open" if (old, new) == (trained[0], trained[-1]) else ""

@@ -53,14 +53,12 @@ def summary(
 
 
 def sizes(passages: int, encoders: dict[str, dict[str, Any]], table: dict[str, Measures], ks: tuple[int, ...]) -> list[list[Any]]:
-    """Header, then a row per prefix that was searched by: dimensions, MB (10^6 bytes) of a flat index, main measure.
+    """Header, then a row per prefix that was searched by: dimensions, MB (10^6 bytes) of a flat index in float32, main measure.
     Nothing without prefixes."""
-    cut = {
-        row: (found["cut_to"], 2 if found["dtype"] == "float16" else 4) for row, found in encoders.items() if found.get("cut_to")
-    }
     rows = [
-        [row, str(dim), f"{passages * dim * size / 1e6:,.2f}", metrics.mean(table[row][main_of(ks)])]
-        for row, (dim, size) in cut.items()
+        [row, str(dim), f"{passages * dim * 4 / 1e6:,.2f}", metrics.mean(table[row][main_of(ks)])]
+        for row, found in encoders.items()
+        if (dim := found.get("cut_to"))
     ]
     return [["", "dimensions", "index, MB", main_of(ks)], *rows] if rows else []
 

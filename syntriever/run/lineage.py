@@ -17,18 +17,8 @@ from syntriever.errors import BadInput
 from syntriever.files import jsonl, paths
 from syntriever.run import cli, terminal
 
-PACKAGES = (
-    "torch",
-    "transformers",
-    "sentence-transformers",
-    "peft",
-    "datasets",
-    "faiss-cpu",
-    "beir",
-    "openai",
-    "xllamacpp",
-    "numpy",
-)
+PACKAGES = ("torch", "transformers", "sentence-transformers", "peft", "datasets", "faiss-cpu", "beir", "numpy")
+PACKAGES += ("openai", "xllamacpp")  # of a teacher
 
 
 def sha256(path: Path) -> str:

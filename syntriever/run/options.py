@@ -1,6 +1,7 @@
 """Options that several scripts share, and their checks."""
 
 import argparse
+import importlib.util
 
 from syntriever.errors import BadInput
 from syntriever.run import cli
@@ -104,6 +105,8 @@ def check_training_options(args: argparse.Namespace) -> None:
         args, "epochs", "batch_size", "lr", "temperature", "max_length", "dev_pool", "dev_queries", "mini_batch_size"
     )
     cli.check_positive(args, "candidates", "grade_temperature", "lora")
+    if args.lora and importlib.util.find_spec("peft") is None:
+        raise BadInput("--lora needs the package peft: pip install -r requirements.txt")
     if args.save_adapter and not args.lora:
         raise BadInput("--save-adapter saves what --lora RANK trains: add --lora")
     if not 0 <= args.warmup < 1:

@@ -81,8 +81,13 @@ def swap(work: Path, output: Path) -> None:
 
 def trained(model: nn.Module) -> dict[str, Tensor]:
     """What training may change of a model's state: all but its frozen parameters."""
-    frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    frozen = {name for name, parameter in model.named_parameters(remove_duplicate=False) if not parameter.requires_grad}
     return {name: tensor for name, tensor in model.state_dict().items() if name not in frozen}
+
+
+def put(model: nn.Module, weights: dict[str, Tensor]) -> None:
+    """Set some weights of a model; one that it does not have is an error."""
+    model.load_state_dict({**model.state_dict(), **weights})
 
 
 def save(work: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
@@ -115,7 +120,7 @@ def load(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> di
 
     tensors = load_file(folder / "state.safetensors")
     own = {name.removeprefix("model."): value for name, value in tensors.items() if name.startswith("model.")}
-    model.load_state_dict(own, strict=False)
+    put(model, own)
     for number, parameter in enumerate(_parameters(optimizer)):
         prefix = f"optimizer.{number}."
         found = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}

@@ -24,7 +24,7 @@ from syntriever.files import jsonl, paths
 from syntriever.report import metrics
 from syntriever.report.pictures import picture
 from syntriever.run import processes, terminal
-from syntriever.train.checkpoint import trained
+from syntriever.train.checkpoint import put, trained
 
 
 class DevScore:
@@ -146,13 +146,13 @@ class Journal:
         start, last = load_file(self.work / START), {name: tensor.clone() for name, tensor in trained(model).items()}
         # Of an adapter's B A, where B starts at 0, the average is that of B, times the last A.
         floats = {name for name, tensor in last.items() if tensor.is_floating_point() and ".lora_A." not in name}
-        model.load_state_dict({n: (t.cpu() + start[n]) / 2 if n in floats else t for n, t in last.items()}, strict=False)
+        put(model, {n: (t.cpu() + start[n]) / 2 if n in floats else t for n, t in last.items()})
         values = self.dev(model)
         self.add(step, {"epoch": epoch, "dev_ndcg@10_of_average": metrics.mean(values)})
         terminal.say(f"       average of epoch {epoch:g} and the start: dev nDCG@10 {metrics.mean(values):.4f}")
         if metrics.mean(values) > self.best:
             self._keep(model, values, epoch, averaged=True)
-        model.load_state_dict(last, strict=False)
+        put(model, last)
         gain = np.array([self.best_values[query] - self.last[query] for query in self.last])
         error = gain.std(ddof=1) / len(gain) ** 0.5 if len(gain) > 1 else np.inf
         if 0 < gain.mean() <= error:
@@ -169,7 +169,7 @@ class Journal:
 
     def restore_best(self, model: Any) -> None:
         if self._best_file().is_file():
-            model.load_state_dict(load_file(self._best_file()), strict=False)
+            put(model, load_file(self._best_file()))
             terminal.say(f"best   {self.best_name} with dev nDCG@10 {self.best:.4f}")
             if not self.best_epoch:
                 terminal.say("warning: no epoch is better; the checkpoint holds the untrained encoder")

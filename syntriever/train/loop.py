@@ -165,6 +165,8 @@ def train(
     bf16 = cuda and torch.cuda.is_bf16_supported(including_emulation=False)
     cached = args.mini_batch_size is not None
     if args.dims:
+        if max(args.dims) < (width := model.get_embedding_dimension()):
+            terminal.say(f"note:  --dims lacks {width}, the full length, by which the best epoch is chosen")
         function = losses.at_prefixes(function, args.dims)
     collate = batching.Collator(model, sample, args.mini_batch_size, batching.GPU_TOKENS if cuda else batching.CPU_TOKENS)
     adapters = lora.add(model, args.lora, args.seed) if args.lora else None
@@ -253,6 +255,7 @@ def train(
     draw(journal.rows, work / "loss.png", title)
     if adapters:
         if args.save_adapter:
+            adapters.peft_config["default"].base_model_name_or_path = args.model  # as it was typed, not where it lies here
             adapters.save_pretrained(str(work / "adapter"), save_embedding_layers=False)
         adapters.merge_and_unload()
     models.save(model, work, card(title, args, journal, models.is_late(model)))
