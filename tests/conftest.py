@@ -13,9 +13,14 @@ import sysconfig
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 ROOT = Path(__file__).resolve().parents[1]
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# The machine may be slow, and no test may depend on it.
+slow = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
+settings.register_profile("offline", derandomize=True, max_examples=200, database=None, **slow)
+settings.load_profile("offline")
 FAST = ["--batch-size", "12", "--lr", "1e-3", "--max-length", "32", "--device", "cpu"]
 SFT = "e5-small-tiny-sft"
 

@@ -6,16 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from syntriever.errors import BadInput
 from syntriever.files import jsonl, paths
 from syntriever.llm.ledger import Ledger, Reply, Request
 from syntriever.report import metrics
-
-settings.register_profile("offline", deadline=None, derandomize=True, max_examples=200, database=None)
-settings.load_profile("offline")
 
 SCALARS = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text()
 VALUES = st.recursive(SCALARS, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(), inner, max_size=4))
