@@ -17,8 +17,8 @@ from syntriever.errors import BadInput
 from syntriever.files import jsonl, paths
 from syntriever.run import cli, terminal
 
-PACKAGES = ("torch", "transformers", "sentence-transformers", "peft", "datasets", "faiss-cpu", "beir", "numpy")
-PACKAGES += ("openai", "xllamacpp")  # of a teacher
+_ENCODERS = ("torch", "transformers", "sentence-transformers", "peft", "datasets", "faiss-cpu", "beir", "numpy")
+PACKAGES = (*_ENCODERS, "openai", "xllamacpp")
 
 
 def sha256(path: Path) -> str:
