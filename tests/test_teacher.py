@@ -518,12 +518,14 @@ def test_requests_are_spaced_when_a_limit_comes_near():
 
 
 def test_announced_limit_is_kept_and_used():
+    with LLMServer() as server:
+        ask(server, [ONE])  # the client's imports are no part of what is measured
     with LLMServer(rpm=2400) as server:
         started = time.monotonic()
         assert not any(reply.reason for reply in ask(server, numbered(ONE, 140), concurrency=64))
         seconds = time.monotonic() - started
     assert len(server.requests) - 140 <= 3
-    assert 140 / seconds * 60 > 0.2 * 2400
+    assert 140 / seconds * 60 > 0.8 * 2400
 
 
 # --- servers that take less
