@@ -231,10 +231,9 @@ def main(args: argparse.Namespace) -> None:
     examples = load_examples(args.examples, known) if args.examples else []
     corpus = Corpus(args.dataset)
     drawn = draw(corpus, args.passages, args.seed)
-    args.llm = teachers.default_llm(args.dataset, args.llm, args.base_url)
     output, ledger = paths.generated(args.dataset), args.ledger or paths.generation_ledger(args.dataset)
-    teacher = teachers.make_teacher(args.llm, args.dataset, output, args)
-    settings = {"llm": args.llm, "seed": args.seed, "temperature": TEMPERATURE}
+    teacher = teachers.make_teacher(args.dataset, output, args)
+    settings = {"llm": teacher.model, "seed": args.seed, "temperature": TEMPERATURE}
     settings |= {"prompt": lineage.text_sha256([PROMPT, EXAMPLES, GRAMMAR, KINDS, MAX_PASSAGE_CHARACTERS, SHOWN_EXAMPLES])[:12]}
     settings |= {"fewest words of a passage": FRAGMENT_WORDS, "copied words": COPIED_WORDS}
     dropped: Counter[str] = Counter()
@@ -247,7 +246,7 @@ def main(args: argparse.Namespace) -> None:
         made = list(sort_out(reply.text, passage, known))
         if asker.teacher is teacher:  # not where a reply is read for the estimate
             dropped.update(why for *_, why in made if why)
-        ids = {"passage_id": passage_id, "llm": args.llm}
+        ids = {"passage_id": passage_id, "llm": teacher.model}
         kept = [
             {"query_id": f"g-{passage_id}-{n}", "query": query, "kind": kind, **ids} for n, kind, query, why in made if not why
         ]

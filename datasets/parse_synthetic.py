@@ -127,15 +127,14 @@ def main(args: argparse.Namespace) -> None:
     wanted = [query for query in queries if query not in train.gold or max(train.gold[query].values()) >= 1]
     random.Random(args.seed).shuffle(wanted)
     wanted = wanted[: args.limit]
-    args.llm = teachers.default_llm(args.dataset, args.llm, args.base_url)
     output, ledger = paths.synthetic(args.dataset), args.ledger or paths.synthesis_ledger(args.dataset)
-    teacher = teachers.make_teacher(args.llm, args.dataset, output, args)
-    settings: dict[str, Any] = {"llm": args.llm, "temperatures": [GENERATION_TEMPERATURE, VERDICT_TEMPERATURE]}
+    teacher = teachers.make_teacher(args.dataset, output, args)
+    settings: dict[str, Any] = {"llm": teacher.model, "temperatures": [GENERATION_TEMPERATURE, VERDICT_TEMPERATURE]}
     settings |= {f"prompt of {step}": lineage.text_sha256(prompt)[:12] for step, prompt in prompts.items()}
 
     async def work(asker: asking.Asker, query_id: str) -> jsonl.Row:
         row = await synthesize(asker, queries[query_id], prompts, args.max_tokens, args.verdict_max_tokens)
-        return {"query_id": query_id, "query": queries[query_id], **row, "llm": args.llm}
+        return {"query_id": query_id, "query": queries[query_id], **row, "llm": teacher.model}
 
     with processes.lock(output, args.dry_run), processes.lock(ledger, args.dry_run):
         record = lineage.Record(args)

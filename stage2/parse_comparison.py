@@ -135,9 +135,9 @@ class Pairwise:
     unit, units, made = "pair", "pairs", "preferences"
     inputs: tuple[Path, ...] = ()
 
-    def __init__(self, args: argparse.Namespace, corpus: Corpus) -> None:
+    def __init__(self, args: argparse.Namespace, corpus: Corpus, teacher: asking.Teacher) -> None:
         self._args, self._corpus = args, corpus
-        self.settings = {name: getattr(args, name) for name in ("llm", "k", "pairs", "both_orders", "seed")}
+        self.settings = {"llm": teacher.model, **{name: getattr(args, name) for name in ("k", "pairs", "both_orders", "seed")}}
         prompt = lineage.text_sha256([PROMPT, MAX_PASSAGE_CHARACTERS])[:12]
         self.settings |= {"prompt": prompt, "temperature": TEMPERATURE}
 
@@ -230,13 +230,12 @@ def main(args: argparse.Namespace) -> None:
     corpus = Corpus(args.dataset)
     train = training.load(args.dataset, args.queries, say=False)
     gold = dataset.by_text({query: train.queries[query] for query in train.gold}, train.gold, corpus)
-    args.llm = teachers.default_llm(args.dataset, args.llm, args.base_url)
-    teacher = teachers.make_teacher(args.llm, args.dataset, output, args)
+    teacher = teachers.make_teacher(args.dataset, output, args)
     ledger = args.ledger or paths.comparison_ledger(args.dataset)
-    how: Any = judging.Graded(args, corpus, train, teacher) if args.graded else Pairwise(args, corpus)
+    how: Any = judging.Graded(args, corpus, train, teacher) if args.graded else Pairwise(args, corpus, teacher)
 
     async def work(asker: asking.Asker, item: tuple[Any, str]) -> jsonl.Row:
-        return {**await how.judge(asker, *item), "llm": args.llm}
+        return {**await how.judge(asker, *item), "llm": teacher.model}
 
     with processes.lock(output, args.dry_run), processes.lock(ledger, args.dry_run):
         record = lineage.Record(args, forced)
@@ -272,7 +271,7 @@ def main(args: argparse.Namespace) -> None:
                 terminal.say(f"       {counts[reason]:,} {words}, kept apart in {paths.shown(paths.failed(output))}")
         if counts["not_recorded"]:
             terminal.say(f"       {counts['not_recorded']:,} {how.units} have no recorded verdict; they are left out")
-        report_on(output, gold, corpus, top, f"{args.llm} on {args.dataset}, top {args.k} of {ref.name}", args)
+        report_on(output, gold, corpus, top, f"{teacher.model} on {args.dataset}, top {args.k} of {ref.name}", args)
         check_failures(counts, len(done), output, args.max_failure_rate)
         record.write(output, **counts, **used)
     script = "train_stage2.py" if models.is_own(args.model) or not args.graded else "train_stage1.py"

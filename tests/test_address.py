@@ -182,11 +182,11 @@ def test_server_is_meant_where_a_name_is_a_folder_too(lab, tmp_path, monkeypatch
         monkeypatch.setenv("OPENAI_BASE_URL", env)
         args = parse(["tiny", "--llm", name, *given])
         if where:
-            teacher = teachers.make_teacher(name, "tiny", paths.synthetic("tiny"), args)
+            teacher = teachers.make_teacher("tiny", paths.synthetic("tiny"), args)
             assert (type(teacher).__name__, teacher.model) == (where, name)
         else:
             with pytest.raises(BadInput, match="only a GGUF file runs here"):
-                teachers.make_teacher(name, "tiny", paths.synthetic("tiny"), args)
+                teachers.make_teacher("tiny", paths.synthetic("tiny"), args)
 
 
 # --- keys

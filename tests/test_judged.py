@@ -172,7 +172,9 @@ def test_a_later_model_has_only_its_new_passages_judged(notes, judged, tiny_enco
     assert " 0 to judge" in judged(None, "bm25")
     assert paths.qrels("notes", "judged").read_bytes() == before
     assert lineage.load_record(paths.qrels("notes", "judged"))["results"]["pool"]["models"] == ["bm25", "e5-small-tiny"]
-    assert "was 'judge' and is now 'other'" in judged(None, "bm25", "--llm", "other", code=2)
+    assert "was 'judge' and is now 'other'" in judged(
+        None, "bm25", "--llm", "other", "--base-url", "http://127.0.0.1:9/v1", code=2
+    )
 
 
 @pytest.mark.parametrize("queries", [*training.KINDS, "all", None])

@@ -552,10 +552,9 @@ def test_replay_answers_what_was_recorded_and_invents_nothing(recorded, run):
 
 def test_default_teacher(recorded, run, monkeypatch, capsys):
     assert "OPENAI_API_KEY is not set" in run(None, SYNTHESIS, "--llm", "gpt-4o", code=2)
-    assert teachers.default_llm("tiny", None) == "replay"
+    assert teachers.default_llm("tiny") == "replay"
     assert "OPENAI_API_KEY is not set" in capsys.readouterr().out
-    assert teachers.default_llm("other", None) == "gpt-4o"
+    assert teachers.default_llm("other") == "gpt-4o"
     monkeypatch.setenv("OPENAI_API_KEY", "sk-test")
-    assert teachers.default_llm("tiny", None) == "gpt-4o"
-    assert teachers.default_llm("tiny", "smollm2") == "smollm2"
+    assert teachers.default_llm("tiny") == "gpt-4o"
     assert capsys.readouterr().out == ""

@@ -15,7 +15,7 @@ T = TypeVar("T")
 
 
 class Teacher(Protocol):
-    """`model` goes into the ledger's keys; `live` is False where answering costs nothing."""
+    """`model` goes into the ledger's keys, into rows and into records; `live` is False where answering costs nothing."""
 
     model: str
     live: bool

@@ -88,14 +88,18 @@ class Pool:
             ways = f"no {paths.shown(paths.qrels(ds, 'test'))}, and no query without judgements that could be kept from training"
             raise BadInput(f"--split {SPLIT}: {ds} has {ways}. To have some written, run: {command}")
         begun = self.output.is_file() and self.output.stat().st_size > 0
-        was = (lineage.load_record(self.output) or {}).get("settings", {}).get("llm") if begun else None
-        self.llm = args.llm or was or teachers.default_llm(ds, None, args.base_url)
-        if self.llm == "replay" and not args.ledger:
+        was = lineage.load_record(self.output) if begun and not args.llm else None
+        self._teacher: asking.Teacher | None = None
+        if was:  # the same judge goes on, and needs its key only where there is something to judge
+            args.llm, self.llm = was["options"]["llm"], was["settings"]["llm"]
+        else:
+            self._teacher = self._make_teacher()  # what it lacks shows before the encoding
+            self.llm = self._teacher.model
+        if self.llm == "replay":
             self.files += filter(Path.is_file, paths.recordings(paths.recorded(ds))[1:])
-        self._teacher = None if begun else self._make_teacher()  # what it lacks shows before the encoding
 
     def _make_teacher(self) -> asking.Teacher:
-        teacher = teachers.make_teacher(self.llm, self.ds, self.output, self.args)
+        teacher = teachers.make_teacher(self.ds, self.output, self.args)
         if isinstance(teacher, ReplayTeacher):
             teacher.by_text(self.corpus.first_id)
         return teacher

@@ -16,11 +16,8 @@ from syntriever.run import terminal
 CONCURRENCY = 64  # requests in flight at a server elsewhere
 
 
-def default_llm(ds: str, wanted: str | None, base_url: str | None = None) -> str:
-    """The teacher's name: as asked for, else gpt-4o, else the recorded answers where no key or
-    server is given."""
-    if wanted:
-        return wanted
+def default_llm(ds: str, base_url: str | None = None) -> str:
+    """gpt-4o, or the recorded answers where no key or server is given."""
     places = ("OPENAI_BASE_URL", "OPENAI_API_KEY", "AZURE_OPENAI_ENDPOINT")
     if base_url or any(map(os.environ.get, places)) or not paths.recorded(ds).is_dir():
         return "gpt-4o"
@@ -28,8 +25,10 @@ def default_llm(ds: str, wanted: str | None, base_url: str | None = None) -> str
     return "replay"
 
 
-def make_teacher(name: str, ds: str, output: Path, args: argparse.Namespace) -> Teacher:
-    """Teacher by name: `replay`, a model that runs here (`gguf:FILE`, a folder, an alias), else an API model."""
+def make_teacher(ds: str, output: Path, args: argparse.Namespace) -> Teacher:
+    """Teacher by the name in `args.llm`: `replay`, a model that runs here (`gguf:FILE`, a folder, an alias), else an API model.
+    Where none was named, the default's name is put there. What it is called in rows and records is its `model`."""
+    name = args.llm = args.llm or default_llm(ds, args.base_url)
     kind, _, model = name.partition(":")
     if kind == "replay":
         if args.batch:
@@ -46,9 +45,7 @@ def make_teacher(name: str, ds: str, output: Path, args: argparse.Namespace) -> 
             raise BadInput(f"--batch is for a model behind an API; {name} runs here, several requests at once anyway")
         if args.max_cost is not None:
             raise BadInput(f"--max-cost: {name} runs here and costs nothing; --max-requests limits it")
-        local = llama.LlamaTeacher(name, args.concurrency or llama.SLOTS, args.attempts)
-        args.llm = local.model  # rows and records know a judge by its weights, not by where they lie
-        return local
+        return llama.LlamaTeacher(name, args.concurrency or llama.SLOTS, args.attempts)
     if args.max_cost is not None and not cost.price_of(name, args.batch):
         raise BadInput(f"--max-cost: {cost.PRICES.name} lists no price for {name}; add it there ({cost.PRICES})")
     teacher = OpenAITeacher(name, args.base_url, args.concurrency or CONCURRENCY, args.attempts, args.timeout)
