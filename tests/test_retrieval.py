@@ -311,8 +311,9 @@ sys.exit(cli.run(retrieval.main, retrieval.parse_args))
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
-def test_a_kill_while_encoding_costs_one_shard(home, tiny_encoder, number):
+def test_a_kill_while_encoding_costs_one_shard(home, tiny_encoder, run_script, monkeypatch, number):
     """The run of the killed and resumed command equals the undisturbed one, byte for byte."""
+    monkeypatch.setattr(shards, "SHARD", 7)
     env = {**os.environ, "SYNTRIEVER_HOME": str(home)}
     command = [sys.executable, "-c", SLOW.format(root=str(ROOT), model=str(tiny_encoder))]
     folder, top = home / "output" / "e5-small-tiny" / "embeddings" / "tiny", home / "stage2" / "e5-small-tiny_tiny_top8.jsonl"
@@ -328,33 +329,33 @@ def test_a_kill_while_encoding_costs_one_shard(home, tiny_encoder, number):
     there = {path.name: path.stat().st_mtime_ns for path in folder.glob("*/0*.npy")}
     assert 3 <= len(there) < 9
     assert not top.exists()
-    done = subprocess.run(command, env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    again = ["retrieval.py", tiny_encoder, "tiny", "--top-k", 8, "--device", "cpu"]
+    assert run_script(*again)[0] == 0
     assert {path.name: path.stat().st_mtime_ns for path in folder.glob("*/0*.npy") if path.name in there} == there
     assert len(list(folder.glob("*/0*.npy"))) == 9
     resumed = top.read_bytes()
     shutil.rmtree(folder)
-    assert subprocess.run(command, env=env, capture_output=True).returncode == 0
+    assert run_script(*again)[0] == 0
     assert top.read_bytes() == resumed
 
 
-@pytest.mark.parametrize("options", [[], ["--fuse"]])
-def test_two_processes_share_the_shards_and_find_the_same(home, tiny_encoder, tmp_path, options):
+def test_two_processes_share_the_shards_and_find_the_same(home, tiny_encoder, tmp_path, run_script, monkeypatch):
+    monkeypatch.setattr(shards, "SHARD", 7)
     env = {**os.environ, "SYNTRIEVER_HOME": str(home)}
     script = tmp_path / "run.py"
-    script.write_text(SLOW.format(root=str(ROOT), model=str(tiny_encoder)).replace('"cpu"', f'"cpu", *{options}'))
+    script.write_text(SLOW.format(root=str(ROOT), model=str(tiny_encoder)).replace('"cpu"', '"cpu", "--fuse"'))
     folder, top = home / "output" / "e5-small-tiny" / "embeddings" / "tiny", home / "stage2" / "e5-small-tiny_tiny_top8.jsonl"
-    assert subprocess.run([sys.executable, script], env=env, capture_output=True).returncode == 0
+    assert run_script("retrieval.py", tiny_encoder, "tiny", "--top-k", 8, "--device", "cpu", "--fuse")[0] == 0
     alone = [json.loads(line) for line in top.read_text().splitlines()]
-    shards = {path.relative_to(folder): np.load(path) for path in folder.glob("*/0*.npy")}
+    made = {path.relative_to(folder): np.load(path) for path in folder.glob("*/0*.npy")}
     shutil.rmtree(folder)
     top.unlink()
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", script]
     done = subprocess.run(launch, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("wrote  stage2/") == 1
-    assert {path.relative_to(folder) for path in folder.glob("*/0*.npy")} == shards.keys()
-    for name, vectors in shards.items():
+    assert {path.relative_to(folder) for path in folder.glob("*/0*.npy")} == made.keys()
+    for name, vectors in made.items():
         np.testing.assert_allclose(np.load(folder / name), vectors, atol=1e-6)
     together = [json.loads(line) for line in top.read_text().splitlines()]
     assert [row["query_id"] for row in together] == [row["query_id"] for row in alone]
@@ -785,7 +786,7 @@ def fake_hub():
         server.shutdown()
 
 
-def test_push_uploads_the_checkpoint_with_its_scores_and_nothing_else(stage1, home, fake_hub, tmp_path_factory):
+def test_push_uploads_the_checkpoint_with_its_scores_and_nothing_else(stage1, home, fake_hub, tmp_path_factory, run_script):
     env = {**os.environ, "SYNTRIEVER_HOME": str(home), "HF_ENDPOINT": fake_hub.url, "HF_HUB_OFFLINE": "0", "no_proxy": "*"}
     env |= {"HF_HOME": str(tmp_path_factory.mktemp("hf")), "HF_HUB_DISABLE_XET": "1"}
     options = ["--ks", "1,10", "--device", "cpu", "--push-to-hub"]
@@ -802,8 +803,8 @@ def test_push_uploads_the_checkpoint_with_its_scores_and_nothing_else(stage1, ho
     refused = evaluate("hf_good", SFT, "tiny")
     assert (refused.returncode, "may write there" in refused.stderr) == (2, True)
     fake_hub.read_only = False
-    several = evaluate("hf_good", "bm25", SFT, "tiny")
-    assert (several.returncode, "takes one model" in several.stderr) == (2, True)
+    code, _, error = run_script("evaluate.py", "bm25", SFT, "tiny", *options, "me/model")
+    assert (code, "takes one model" in error) == (2, True)
     assert not fake_hub.files
     done = evaluate("hf_good", SFT, "tiny")
     assert done.returncode == 0, done.stderr + done.stdout + "\n".join(fake_hub.asked)
