@@ -177,6 +177,21 @@ def test_a_later_model_has_only_its_new_passages_judged(notes, judged, tiny_enco
     )
 
 
+def test_another_judge_does_not_go_on_under_the_name_of_the_first(notes, judged, tiny_encoder):
+    with LLMServer(reply=grader) as server:
+        judged(server, "bm25")
+    first, second = notes / "first.jsonl", notes / "second.jsonl"
+    replies = rows(paths.judged_ledger("notes"))
+    write_jsonl(first, replies)
+    write_jsonl(second, [{**reply, "model": "other"} for reply in replies])
+    paths.judged("notes").unlink()
+    judged(None, "bm25", "--llm", "replay", "--ledger", first)
+    before = paths.judged("notes").read_bytes()
+    said = judged(None, "bm25", tiny_encoder, "--ledger", second, code=2)
+    assert "was judged by judge, which is not what replay is now; name the judge (--llm)" in said
+    assert paths.judged("notes").read_bytes() == before
+
+
 @pytest.mark.parametrize("queries", [*training.KINDS, "all", None])
 def test_no_judged_query_trains(notes, judged, queries):
     """Not under its id, its text or its source, whichever queries train."""

@@ -32,12 +32,8 @@ class Graded:
 
     def __init__(self, args: argparse.Namespace, corpus: Corpus, train: training.Training, teacher: asking.Teacher) -> None:
         self._args, self._corpus, self._sources = args, corpus, train.sources
-        self.settings = {
-            "llm": teacher.model,
-            "k": args.k,
-            "seed": args.seed,
-            **grading.settings(args.both_orders, args.pointwise),
-        }
+        self.settings = {"llm": teacher.model, "k": args.k, "seed": args.seed}
+        self.settings |= grading.settings(args.both_orders, args.pointwise)
         self.inputs = list(train.files)
         if isinstance(teacher, ReplayTeacher):
             if args.pointwise:

@@ -121,6 +121,9 @@ class Pool:
             )
             if todo:
                 teacher = self._teacher or self._make_teacher()
+                if teacher.model != self.llm:
+                    was = f"{paths.shown(self.output)} was judged by {self.llm}, which is not what {args.llm} is now"
+                    raise BadInput(f"{was}; name the judge (--llm)")
 
                 async def work(asker: asking.Asker, item: tuple[str, list[str]]) -> jsonl.Row:
                     query, passages = item
