@@ -6,10 +6,12 @@ import importlib.util
 import itertools
 import json
 import os
+import re
 import resource
 import shutil
 import sys
 import sysconfig
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -107,17 +109,19 @@ def tiny_encoder(tmp_path_factory, docstrings):
     """A random two-layer BERT with its own vocabulary, saved as a plain transformers checkpoint.
     Its name makes it an E5 model, so prefixes are in play. No dropout: runs are comparable."""
     import torch
-    from tokenizers import BertWordPieceTokenizer
     from transformers import BertConfig, BertModel, BertTokenizerFast
 
     folder = tmp_path_factory.mktemp("encoder") / "e5-small-tiny"
     folder.mkdir()
-    tokenizer = BertWordPieceTokenizer(lowercase=True)
-    tokenizer.train_from_iterator((text for pair in docstrings for text in pair), vocab_size=600, show_progress=False)
-    tokenizer.save_model(str(folder))
+    # Characters and the commonest words: a trained vocabulary is another one each time.
+    words = Counter(re.findall(r"\w+|[^\w\s]", " ".join(text for pair in docstrings for text in pair).lower()))
+    letters = sorted(set("".join(words)))
+    pieces = [*letters, *(f"##{letter}" for letter in letters), *(word for word, _ in words.most_common() if len(word) > 1)]
+    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *pieces][:600]
+    (folder / "vocab.txt").write_text("\n".join(vocabulary) + "\n", "utf-8")
     torch.manual_seed(0)
     config = BertConfig(
-        vocab_size=tokenizer.get_vocab_size(),
+        vocab_size=len(vocabulary),
         hidden_size=32,
         num_hidden_layers=2,
         num_attention_heads=2,

@@ -355,7 +355,8 @@ def test_stage1_learns_from_grades_alone(judge, home, tiny_encoder, run_script):
     assert steps[-1]["contrast"] < steps[0]["contrast"]
     scores = {row["epoch"]: row["dev_ndcg@10"] for row in log_of(output) if "dev_ndcg@10" in row}
     assert list(scores) == [0, 1, 2, 3]
-    assert made["results"]["dev_ndcg_at_10"] >= scores[3]  # another epoch has to be better by more than a standard error
+    kept = [scores[3]] if "the last epoch stays" in out else scores.values()
+    assert made["results"]["dev_ndcg_at_10"] >= max(kept)
     assert "--split" not in out.splitlines()[-1]  # it has a test split
 
 

@@ -339,13 +339,14 @@ def test_a_kill_while_encoding_costs_one_shard(home, tiny_encoder, run_script, m
     assert top.read_bytes() == resumed
 
 
-def test_two_processes_share_the_shards_and_find_the_same(home, tiny_encoder, tmp_path, run_script, monkeypatch):
+@pytest.mark.parametrize("options", [[], ["--fuse"]])
+def test_two_processes_share_the_shards_and_find_the_same(home, tiny_encoder, tmp_path, run_script, monkeypatch, options):
     monkeypatch.setattr(shards, "SHARD", 7)
     env = {**os.environ, "SYNTRIEVER_HOME": str(home)}
     script = tmp_path / "run.py"
-    script.write_text(SLOW.format(root=str(ROOT), model=str(tiny_encoder)).replace('"cpu"', '"cpu", "--fuse"'))
+    script.write_text(SLOW.format(root=str(ROOT), model=str(tiny_encoder)).replace('"cpu"', f'"cpu", *{options}'))
     folder, top = home / "output" / "e5-small-tiny" / "embeddings" / "tiny", home / "stage2" / "e5-small-tiny_tiny_top8.jsonl"
-    assert run_script("retrieval.py", tiny_encoder, "tiny", "--top-k", 8, "--device", "cpu", "--fuse")[0] == 0
+    assert run_script("retrieval.py", tiny_encoder, "tiny", "--top-k", 8, "--device", "cpu", *options)[0] == 0
     alone = [json.loads(line) for line in top.read_text().splitlines()]
     made = {path.relative_to(folder): np.load(path) for path in folder.glob("*/0*.npy")}
     shutil.rmtree(folder)
