@@ -141,9 +141,10 @@ class FakeBank:
         self.embeddings = types.SimpleNamespace(rows=lambda positions: vectors[positions])
 
 
-@pytest.mark.parametrize(("regularised", "dim"), [(False, 6), (True, 6), (True, 2)])
-def test_the_loss_of_a_batch_is_what_loops_make_of_it(regularised, dim):
-    """What is compared with the trained embeddings is cut to `dim`; the teachers are not."""
+@pytest.mark.parametrize(("regularised", "dim", "doubted"), [(False, 6, False), (True, 6, False), (True, 2, True)])
+def test_the_loss_of_a_batch_is_what_loops_make_of_it(regularised, dim, doubted):
+    """What is compared with the trained embeddings is cut to `dim`; the teachers are not. Of a doubted judge only the known
+    passages are positives, and its other relevant ones are no negatives."""
     rng = np.random.default_rng(3)
 
     def unit(*shape):
@@ -157,6 +158,8 @@ def test_the_loss_of_a_batch_is_what_loops_make_of_it(regularised, dim):
         np.array([[4, 7, 1], [2, 4, -1], [9, 11, 0]]),
         np.array([[2.5, 0, 1], [3, 2, 0], [1, 0, 0]], np.float32),
         np.zeros((3, 3), np.float32),
+        known := np.array([7, 4, 5]),  # the last one was not judged
+        doubted,
     )
     top = np.array([[4, 5, 6], [2, 8, 4], [1, 1, 3]])
     args = types.SimpleNamespace(temperature=TAU, loss="listwise", contrast_weight=0.7, corpus_weight=0.4, beta=0.2)
@@ -188,8 +191,9 @@ def test_the_loss_of_a_batch_is_what_loops_make_of_it(regularised, dim):
             order.append(
                 -sum(math.exp(t - log_sum_exp(teach)) * (s - log_sum_exp(student)) for t, s in zip(teach, student, strict=True))
             )
-        relevant = {p for p, g in own if g >= 2}
+        called = {p for p, g in own if g >= 2}
         seen = {p for p, _ in own}
+        relevant = {known[r]} if doubted and known[r] in seen else called
         for candidates, vector, costs in (
             (passages, lambda p: made[place[p]], contrast),
             (sorted({*top.ravel().tolist(), *passages}), lambda p: frozen[p], corpus),
@@ -200,7 +204,7 @@ def test_the_loss_of_a_batch_is_what_loops_make_of_it(regularised, dim):
             negatives = [
                 p
                 for p in candidates
-                if p not in relevant and (p in seen or float(start_queries[r] @ start_passages[p]) < 0.95 * nearest)
+                if p not in relevant | called and (p in seen or float(start_queries[r] @ start_passages[p]) < 0.95 * nearest)
             ]
             against = [float(query @ vector(p)) / TAU for p in negatives]
             mine = [float(query @ vector(p)) / TAU for p in sorted(relevant)]
@@ -295,39 +299,38 @@ def test_equal_texts_are_one_passage_with_the_best_grade_and_one_query(judge, ho
 # --- how much the judge is trusted
 
 
-def table(positions, grades):
+def table(positions, grades, known):
     names = [str(n) for n in range(len(positions))]
     grades = np.array(grades, np.float32)
-    return graded.Judged(names, names, np.array(positions), grades, grades)
+    return graded.Judged(names, names, np.array(positions), grades, grades, np.array(known))
 
 
 def test_a_judge_that_knows_is_trusted_alone(capsys):
-    judged = table([[0, 1, 2], [3, 4, 5]], [[3, 0, 0], [0, 3, 0]])
+    judged = table([[0, 1, 2], [3, 4, 5]], [[3, 0, 0], [0, 3, 0]], [0, 4])
     start = np.array([[0.1, 5, 9], [5, 0.2, 9]], np.float32)
-    assert graded.trust(start, judged, [0, 4]) is None
+    assert graded.trust(start, judged) is None
     assert "is 0.333 by the encoder, 1.000 by the judge" in capsys.readouterr().out
 
 
 def test_a_weak_judge_counts_beside_the_encoder(capsys):
     # The judge cannot tell the first two apart, and the encoder is sure of the third.
-    judged = table([[0, 1, 2], [3, 4, 5]], [[1, 1, 0], [1, 1, 0]])
+    judged = table([[0, 1, 2], [3, 4, 5]], [[1, 1, 0], [1, 1, 0]], [0, 3])
     start = np.array([[0.5, 0.1, 1.0], [0.5, 0.1, 1.0]], np.float32)
-    weight = graded.trust(start, judged, [0, 3])
+    weight = graded.trust(start, judged)
     assert weight == 1.0  # .5 leaves a tie with the third
     assert "0.500 by the encoder, 0.667 by the judge, 1.000 by the encoder + 1 times the judge" in capsys.readouterr().out
 
 
 def test_a_judge_that_adds_nothing_is_warned_of(capsys):
-    judged = table([[0, 1], [2, 3]], [[0, 3], [0, 3]])
+    judged = table([[0, 1], [2, 3]], [[0, 3], [0, 3]], [0, 2])
     start = np.array([[2.0, 1.0], [2.0, 1.9]], np.float32)
-    assert graded.trust(start, judged, [0, 2]) == 0.0
+    assert graded.trust(start, judged) == 0.0
     assert "warning: this judge adds nothing" in capsys.readouterr().out
 
 
 def test_without_a_known_passage_the_grades_are_the_teacher(capsys):
-    judged = table([[0, 1]], [[1, 0]])
-    assert graded.trust(np.zeros((1, 2), np.float32), judged, [None]) is None
-    assert graded.trust(np.zeros((1, 2), np.float32), judged, [7]) is None  # not among the judged ones
+    for known in (-1, 7):  # none, or one that is not among the judged
+        assert graded.trust(np.zeros((1, 2), np.float32), table([[0, -1]], [[1, 0]], [known])) is None
     assert not capsys.readouterr().out
 
 
@@ -474,6 +477,18 @@ def test_held_out_queries_are_scored_by_their_own_judged_passages(judge, tiny_en
             for ranked in (order, sorted(positions, key=lambda p: -gain[p]))
         )
         assert found[name] == pytest.approx(dcg / best, abs=1e-6)
+
+
+def test_held_out_queries_of_a_weak_judge_are_scored_by_their_known_passages(judge, capsys):
+    (_, held), corpus = loaded()
+    held.known, held.doubted = held.positions[:, 1].copy(), True
+    held.known[0] = -1  # of a log
+    args = types.SimpleNamespace(max_length=32, dev_pool=50, dev_queries=99, seed=1)
+    dev = graded.held_out_score(held, corpus, args)
+    for name, positions, grades, known in zip(held.names, held.positions, held.grades, held.known, strict=True):
+        wanted = [30 * (p == known) for p in positions] if known >= 0 else [10 * g for g in grades]
+        assert dev.qrels[name] == dict(zip(map(corpus.id, positions), wanted, strict=True))
+    assert "by the passages they were written from, choose" in capsys.readouterr().out
 
 
 def test_a_preference_file_stays_the_default_of_stage2_and_grades_alone_are_said(judge, stage1, run_script):

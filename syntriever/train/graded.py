@@ -8,7 +8,7 @@ of the corpus that are near to the query (`graded_contrast`).
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -46,15 +46,34 @@ class Judged:
     positions: np.ndarray  # (Q, K) int64 of the passages, -1 where there are fewer
     grades: np.ndarray  # (Q, K) float32
     signal: np.ndarray  # (Q, K) float32: the judge's log-odds where it gave some, else the grades
+    known: np.ndarray  # (Q,) int64: the passage that a generated query was written from, -1 where there is none
+    doubted: bool = False  # a weak judge's (`trust`): where a passage is known, no other one is relevant for sure
 
     @property
     def there(self) -> np.ndarray:
         return np.asarray(self.positions >= 0)
 
     @property
+    def is_known(self) -> np.ndarray:
+        return self.there & (self.positions == self.known[:, None])
+
+    @property
     def relevant(self) -> list[set[int]]:
-        rows = zip(self.positions, self.grades, strict=True)
-        return [set(places[(places >= 0) & (grades >= RELEVANT)].tolist()) for places, grades in rows]
+        return self._places(self._is_relevant)
+
+    @property
+    def unsure(self) -> list[set[int]]:
+        """What only a weak judge calls relevant: neither a positive nor a negative."""
+        return self._places((self.grades >= RELEVANT) & ~self._is_relevant)
+
+    @property
+    def _is_relevant(self) -> np.ndarray:
+        is_known, judged = self.is_known, self.grades >= RELEVANT
+        return np.where(is_known.any(1, keepdims=True), is_known, judged) if self.doubted else judged
+
+    def _places(self, chosen: np.ndarray) -> list[set[int]]:
+        rows = zip(self.positions, chosen & self.there, strict=True)
+        return [set(places[which].tolist()) for places, which in rows]
 
 
 def load(source: Path, train: training.Training, corpus: Corpus, gold: bool, hold_out: bool) -> tuple[Judged, Judged]:
@@ -89,10 +108,16 @@ def load(source: Path, train: training.Training, corpus: Corpus, gold: bool, hol
         raise BadInput(f"{paths.shown(source)} has no judgement of a training query")
     held = [query for query in chosen if hold_out and train.held_out(query)]
     held = held if len(held) < len(chosen) else []  # of a handful, all may fall on that side
-    return _table(sorted({*chosen} - {*held}), found, train), _table(held, found, train)
+    known = {query: corpus.position(corpus.first_id(source)) for query, source in train.sources.items()}
+    return _table(sorted({*chosen} - {*held}), found, train, known), _table(held, found, train, known)
 
 
-def _table(names: list[str], found: dict[str, dict[int, tuple[float, float]]], train: training.Training) -> Judged:
+def _table(
+    names: list[str],
+    found: dict[str, dict[int, tuple[float, float]]],
+    train: training.Training,
+    known: dict[str, int | None],
+) -> Judged:
     width = min(MOST, max((len(found[query]) for query in names), default=1))
     positions = np.full((len(names), width), -1, np.int64)
     grades, signal = (np.zeros((len(names), width), np.float32) for _ in range(2))
@@ -100,37 +125,38 @@ def _table(names: list[str], found: dict[str, dict[int, tuple[float, float]]], t
         best = sorted(found[query].items(), key=lambda item: (-item[1][0], -item[1][1], item[0]))[:width]
         for column, (position, judged) in enumerate(best):
             positions[row, column], (grades[row, column], signal[row, column]) = position, judged
-    return Judged([train.queries[query] for query in names], names, positions, grades, signal)
+    sources = [-1 if (position := known.get(query)) is None else position for query in names]
+    return Judged([train.queries[query] for query in names], names, positions, grades, signal, np.array(sources, np.int64))
 
 
 def held_out_score(held: Judged, corpus: Corpus, args: argparse.Namespace) -> journal.DevScore | None:
-    """nDCG@10 by the judge's grades, over the held-out queries that have a grade above 0."""
-    rows = zip(held.names, held.positions, held.grades, strict=True)
+    """nDCG@10 by the judge's grades, over the held-out queries that have a grade above 0. Of a weak judge, by the known passage
+    of those that have one: what such a judge prefers is no measure."""
+    by_known = held.is_known.any(1, keepdims=True) & held.doubted
+    rows = zip(held.names, held.positions, np.where(by_known, GOLD * held.is_known, held.grades), strict=True)
     qrels = {q: {corpus.id(p): round(KEEP * g) for p, g in zip(*of_query, strict=True) if p >= 0} for q, *of_query in rows}
     qrels = {query: grades for query, grades in qrels.items() if max(grades.values()) > 0}
     if not qrels:
         terminal.say("note:  no held-out query has a judged passage; the last epoch is kept")
         return None
     queries = {query: text for query, text in zip(held.names, held.texts, strict=True) if query in qrels}
-    terminal.say(
-        f"note:  {len(queries):,} held-out queries, by their grades, choose between the epochs and the untrained encoder"
-    )
+    by = "the passages they were written from" if by_known.any() else "their grades"
+    terminal.say(f"note:  {len(queries):,} held-out queries, by {by}, choose between the epochs and the untrained encoder")
     return journal.DevScore(queries, qrels, corpus, args, from_start=True)
 
 
-def trust(start: np.ndarray, judged: Judged, known: Sequence[int | None]) -> float | None:
-    """How much of the judge goes into the teacher: the weight w of start / temperature + w * signal by which the `known`
+def trust(start: np.ndarray, judged: Judged) -> float | None:
+    """How much of the judge goes into the teacher: the weight w of start / temperature + w * signal by which the known
     passage of each query comes first most (mean reciprocal rank). None, the grades alone, where that is as good or
     nothing is known. It is said what each finds, and warned where the judge adds nothing.
 
     Args:
         start: (Q, K) scores of the starting encoder, cos / temperature.
-        known: position of the passage that each query is known to ask for, or None.
     """
-    rows = [row for row, position in enumerate(known) if position is not None and position in judged.positions[row]]
-    if not rows:
+    rows = judged.is_known.any(1)
+    if not rows.any():
         return None
-    there, wanted = judged.there[rows], judged.positions[rows] == np.array([[known[row]] for row in rows])
+    there, wanted = judged.there[rows], judged.is_known[rows]
 
     def found(teacher: np.ndarray) -> float:
         scores = np.where(there, teacher[rows], -np.inf)
@@ -142,7 +168,7 @@ def trust(start: np.ndarray, judged: Judged, known: Sequence[int | None]) -> flo
     ranks = (
         f"{tried[0.0]:.3f} by the encoder, {alone:.3f} by the judge, {tried[best]:.3f} by the encoder + {best:g} times the judge"
     )
-    terminal.say(f"judge  {len(rows):,} queries with a known passage; its mean reciprocal rank is {ranks}")
+    terminal.say(f"judge  {rows.sum():,} queries with a known passage; its mean reciprocal rank is {ranks}")
     if best == 0:
         terminal.say("warning: this judge adds nothing to what the encoder knows; a better one would")
     return None if alone >= tried[best] else best
@@ -161,7 +187,7 @@ def make_loss(
     `teacher`: (Q, K) logits of the judged passages. `regulariser`: of the (B, M) scores of the batch and those of
     the starting encoder, as the KL of stage 2, with the weight `--beta`.
     """
-    relevant = judged.relevant
+    relevant, unsure = judged.relevant, judged.unsure
 
     def loss(embeddings: Tensor, labels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         rows, device = labels[:, -1].cpu().numpy(), embeddings.device
@@ -177,10 +203,12 @@ def make_loss(
             relevant to these and which are no negatives."""
             passages = torch.from_numpy(looks_at.embeddings.rows(positions)).to(device)
             cosines = models.similarity(start, passages)
-            is_relevant = torch.from_numpy(np.stack([np.isin(positions, list(relevant[row])) for row in rows])).to(device)
-            is_judged = torch.from_numpy(np.stack([np.isin(positions, judged.positions[row]) for row in rows])).to(device)
+            is_relevant, is_unsure, is_judged = (
+                torch.from_numpy(np.stack([np.isin(positions, list(of_row[row])) for row in rows])).to(device)
+                for of_row in (relevant, unsure, judged.positions)
+            )
             near = losses.near_positives(cosines, is_relevant, is_judged, NEAR)
-            return passages, cosines, (is_relevant, near)
+            return passages, cosines, (is_relevant, near | is_unsure)
 
         # Of the batch: the trained embeddings of all judged passages.
         order = np.argsort(positions)
@@ -226,16 +254,16 @@ def train(
     )
     resume = checkpoint.find(output, record, args)
     model = models.load(ref, processes.start(args.device), dims=args.dims)
-    dev = journal.dev_score(args.dataset, corpus, args) if by_dev else held_out_score(held, corpus, args)
+    dev = journal.dev_score(args.dataset, corpus, args) if by_dev else None
     with frozen.folder(output) as folder:
-        asked: list[tuple[str, list[str]]] = [
-            (text, []) for text in judged.texts
-        ]  # the model is still the one that training starts from
+        # The model is still the one that training starts from.
+        asked: list[tuple[str, list[str]]] = [(text, []) for text in judged.texts]
         base = ref.embeddings(args.dataset)
         looks_at = bank.build(model, corpus, base, folder, asked, judged.relevant, args.candidates, args.max_length)
         start = start_scores(looks_at, judged) / args.temperature
-        known = [corpus.position(corpus.first_id(queries.sources[q])) if q in queries.sources else None for q in judged.names]
-        weight = trust(start, judged, known)
+        weight = trust(start, judged)
+        judged.doubted = held.doubted = weight is not None
+        dev = dev or held_out_score(held, corpus, args)
         teacher = judged.grades / args.grade_temperature if weight is None else start + weight * judged.signal
 
         def sample(number: int) -> batching.Row:
