@@ -108,15 +108,13 @@ def load(source: Path, train: training.Training, corpus: Corpus, gold: bool, hol
         raise BadInput(f"{paths.shown(source)} has no judgement of a training query")
     held = [query for query in chosen if hold_out and train.held_out(query)]
     held = held if len(held) < len(chosen) else []  # of a handful, all may fall on that side
-    known = {query: corpus.position(corpus.first_id(source)) for query, source in train.sources.items()}
+    written_from = {query: corpus.position(corpus.first_id(source)) for query, source in train.sources.items()}
+    known = {query: passage for query, passage in written_from.items() if passage is not None}
     return _table(sorted({*chosen} - {*held}), found, train, known), _table(held, found, train, known)
 
 
 def _table(
-    names: list[str],
-    found: dict[str, dict[int, tuple[float, float]]],
-    train: training.Training,
-    known: dict[str, int | None],
+    names: list[str], found: dict[str, dict[int, tuple[float, float]]], train: training.Training, known: dict[str, int]
 ) -> Judged:
     width = min(MOST, max((len(found[query]) for query in names), default=1))
     positions = np.full((len(names), width), -1, np.int64)
@@ -125,8 +123,8 @@ def _table(
         best = sorted(found[query].items(), key=lambda item: (-item[1][0], -item[1][1], item[0]))[:width]
         for column, (position, judged) in enumerate(best):
             positions[row, column], (grades[row, column], signal[row, column]) = position, judged
-    sources = [-1 if (position := known.get(query)) is None else position for query in names]
-    return Judged([train.queries[query] for query in names], names, positions, grades, signal, np.array(sources, np.int64))
+    sources = np.array([known.get(query, -1) for query in names], np.int64)
+    return Judged([train.queries[query] for query in names], names, positions, grades, signal, sources)
 
 
 def held_out_score(held: Judged, corpus: Corpus, args: argparse.Namespace) -> journal.DevScore | None:
