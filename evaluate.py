@@ -282,10 +282,8 @@ def measure(
     record.write(target[".json"], **means)
     terminal.say(f"wrote  {paths.shown(target['.json'])}, .trec, .png")
     if ref and ref.folder and models.is_own(model):
-        cut = f", {dim} dimensions" if dim else ""
-        how = f"{encoder['max_length']} tokens, {encoder['backend']}, {encoder['dtype']}{cut}" + (
-            f", judged by {judges.llm}, an LLM" if judges else ""
-        )
+        more = (f", {dim} dimensions" if dim else "") + (f", judged by {judges.llm}, an LLM" if judges else "")
+        how = f"{encoder['max_length']} tokens, {encoder['backend']}, {encoder['dtype']}{more}"
         hub.add_scores(ref.folder, ds, args.split, how, {column: means[column] for column in tables.columns(ks)})
     return measures, tests
 

@@ -34,7 +34,7 @@ CONSTANT = 60
 
 # -----------------------------------------------------------------------------------------------
 
-SYNTHETIC: dict[str, type | tuple[type, ...]] = {"cot": str, "positive": str, "verified": bool}
+SYNTHETIC = {"cot": str, "positive": str, "verified": bool}
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -49,11 +49,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--index", help="FAISS index-factory string for large corpora, e.g. IVF4096,SQfp16 (default: exact search)"
     )
-    parser.add_argument(
-        "--recall", type=float, default=0.95, help="share of the exact top that --index has to find (default: %(default)s)"
-    )
+    cli.number(parser, "--recall", float, 0.95, "share of the exact top that --index has to find")
     parser.add_argument("--dim", type=int, help="search by this many first entries of the vectors (default: all)")
-    parser.add_argument("--seed", type=int, default=42, help="seed of the sample that trains --index (default: %(default)s)")
+    cli.number(parser, "--seed", int, 42, "seed of the sample that trains --index")
     bm25.add_language(parser)
     options.add_encoding_options(parser)
     return parser.parse_args(argv)

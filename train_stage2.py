@@ -117,9 +117,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     training.add_option(parser)
     what = "of preferences: bradley-terry (their default) or the paper's partial-plackett-luce; of grades: listwise (theirs) or "
     parser.add_argument("--loss", choices=(*LOSSES, *ORDERS), help=what + "plackett-luce")
-    parser.add_argument(
-        "--beta", type=float, default=0.1, help="weight of the KL to stage 1; 0 switches it off (default: %(default)s)"
-    )
+    cli.number(parser, "--beta", float, 0.1, "weight of the KL to stage 1; 0 switches it off")
     parser.add_argument(
         "--batching",
         choices=("pairs", "lists"),

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import json
 import os
+import runpy
 import sysconfig
 import tempfile
 from collections.abc import Callable, Iterable
@@ -17,12 +17,8 @@ ROOT = Path(__file__).resolve().parents[1]
 
 def pydocs() -> list[tuple[str, str, str]]:
     """(id, query, passage) of the standard library's docstrings."""
-    spec = importlib.util.spec_from_file_location("build_pydocs", ROOT / "datasets" / "build_pydocs.py")
-    assert spec is not None
-    assert spec.loader is not None
-    build = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(build)
-    return list(build.pairs(Path(sysconfig.get_paths()["stdlib"])))
+    pairs = runpy.run_path(str(ROOT / "datasets" / "build_pydocs.py"))["pairs"]
+    return list(pairs(Path(sysconfig.get_paths()["stdlib"])))
 
 
 def machine() -> dict[str, Any]:

@@ -162,25 +162,11 @@ def in_flight(ledger: Path) -> tuple[int, int]:
 
 
 def show(rows: list[dict]) -> None:
-    names = (
-        "client",
-        "workers",
-        "requests",
-        "per_minute",
-        "cpu_ms_per_request",
-        "peak_mib",
-        "in_flight_peak",
-        "in_flight_median",
-    )
+    names = list(rows[0])
     print("| " + " | ".join(names) + " |\n|" + "---|" * len(names))
     for row in rows:
-        print(
-            "| "
-            + " | ".join(
-                f"{row[n]:,.1f}" if isinstance(row[n], float) else f"{row[n]:,}" if n != "client" else row[n] for n in names
-            )
-            + " |"
-        )
+        cells = (f"{row[n]:,.1f}" if isinstance(row[n], float) else f"{row[n]:,}" if n != "client" else row[n] for n in names)
+        print(f"| {' | '.join(cells)} |")
     print(flush=True)
 
 

@@ -20,6 +20,7 @@ from pathlib import Path
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
+from syntriever.data import dataset
 from syntriever.files import jsonl, paths
 from syntriever.run import cli, lineage, processes, terminal
 
@@ -68,30 +69,23 @@ def pairs(stdlib: Path) -> Iterator[tuple[str, str, str]]:
                 yield name, query, passage
 
 
-def split_of(passage_id: str) -> str:
-    return SPLITS.get(int(hashlib.sha256(passage_id.encode()).hexdigest(), 16) % 10, "train")
-
-
 def main(args: argparse.Namespace) -> None:
     record = lineage.Record(args)
     target = paths.dataset("pydocs")
     target.parent.mkdir(parents=True, exist_ok=True)
-    counts = {"train": 0, "dev": 0, "test": 0}
+    qrels: dict[str, dataset.Qrels] = {"train": {}, "dev": {}, "test": {}}
     with processes.lock(target), tempfile.TemporaryDirectory(dir=target.parent, prefix=".pydocs.") as folder:
         new = Path(folder) / "pydocs"
-        (new / "qrels").mkdir(parents=True)
-        qrels = {split: (new / "qrels" / f"{split}.tsv").open("w", encoding="utf-8") for split in counts}
-        for file in qrels.values():
-            file.write("query-id\tcorpus-id\tscore\n")
+        new.mkdir()
         with (new / "corpus.jsonl").open("wb") as corpus, (new / "queries.jsonl").open("wb") as queries:
             for passage_id, query, passage in pairs(Path(sysconfig.get_paths()["stdlib"])):
                 corpus.write(jsonl.dumps({"_id": passage_id, "title": "", "text": passage}))
                 queries.write(jsonl.dumps({"_id": f"q-{passage_id}", "text": query}))
-                split = split_of(passage_id)
-                qrels[split].write(f"q-{passage_id}\t{passage_id}\t1\n")
-                counts[split] += 1
-        for file in qrels.values():
-            file.close()
+                split = SPLITS.get(int(hashlib.sha256(passage_id.encode()).hexdigest(), 16) % 10, "train")
+                qrels[split][f"q-{passage_id}"] = {passage_id: 1}
+        for split, judged in qrels.items():
+            dataset.write_qrels(new / "qrels" / f"{split}.tsv", judged)
+        counts = {split: len(judged) for split, judged in qrels.items()}
         record.write(new, **counts)
         if target.is_dir():
             target.rename(Path(folder) / "old")

@@ -76,7 +76,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--passages", type=int, help="ask about N passages, drawn by seed (default: all)")
     what = "queries of your own, whose style the LLM is to follow: a text file with one a line, or JSONL with 'text' or 'query'"
     parser.add_argument("--examples", type=Path, help=what)
-    parser.add_argument("--max-tokens", type=int, default=MAX_TOKENS, help="tokens per reply (default: %(default)s)")
+    cli.number(parser, "--max-tokens", int, MAX_TOKENS, "tokens per reply")
     parser.add_argument("--force", action="store_true", help="start anew where the output was made with other settings")
     teachers.add_options(parser, None)
     return parser.parse_args(argv)
@@ -224,7 +224,7 @@ def put_in_order(output: Path, seed: int) -> tuple[Counter[str], int]:
 
 def main(args: argparse.Namespace) -> None:
     teachers.check_options(args)
-    cli.check_positive(args, "passages", "max_tokens")
+    cli.check_positive(args, "passages")
     dataset.ensure(args.dataset)
     known, files = known_queries(args.dataset)
     args.examples = args.examples and args.examples.resolve()

@@ -66,7 +66,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     training.add_option(parser)
     parser.add_argument("--limit", type=int, help="only the first N queries of a seeded shuffle (default: all)")
     parser.add_argument("--prompts", type=Path, help="JSON file {step: prompt} that replaces any of the prompts in this script")
-    parser.add_argument("--max-tokens", type=int, default=GENERATION_MAX_TOKENS, help="tokens per reply (default: %(default)s)")
+    cli.number(parser, "--max-tokens", int, GENERATION_MAX_TOKENS, "tokens per reply")
     parser.add_argument("--strict", action="store_true", help="refuse judgements of ids that the dataset lacks")
     parser.add_argument("--force", action="store_true", help="start anew where the output was made with other settings")
     teachers.add_options(parser, VERDICT_MAX_TOKENS)
@@ -119,8 +119,7 @@ async def synthesize(
 
 def main(args: argparse.Namespace) -> None:
     teachers.check_options(args)
-    if args.limit is not None and args.limit < 1:
-        raise BadInput("--limit must be at least 1")
+    cli.check_positive(args, "limit")
     prompts = load_prompts(args.prompts)
     train = training.load(args.dataset, args.queries, strict=args.strict)
     queries = train.queries

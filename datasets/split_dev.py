@@ -17,15 +17,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from syntriever.data import dataset
 from syntriever.errors import BadInput
-from syntriever.files import jsonl, paths
+from syntriever.files import paths
 from syntriever.run import cli, terminal
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = cli.parser(__doc__)
     dataset.add_argument(parser)
-    parser.add_argument("--share", type=float, default=0.2, help="share of the training queries (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=42, help="which queries (default: %(default)s)")
+    cli.number(parser, "--share", float, 0.2, "share of the training queries")
+    cli.number(parser, "--seed", int, 42, "which queries")
     return parser.parse_args(argv)
 
 
@@ -39,21 +39,14 @@ def main(args: argparse.Namespace) -> None:
     qrels = dataset.load_qrels(args.dataset, "train")
     queries = sorted(qrels)
     chosen = set(random.Random(args.seed).sample(queries, max(1, round(len(queries) * args.share))))
-    first = dataset.first_queries({query: text for query, text in dataset.load_queries(args.dataset).items() if query in qrels})
+    first = dataset.first_queries(dataset.load_queries(args.dataset))
     texts = {first[query] for query in chosen if query in first}
     chosen |= {query for query in first if first[query] in texts}  # no text is on both sides
-    splits = {"train": [q for q in qrels if q not in chosen], "dev": [q for q in qrels if q in chosen]}
+    splits = {split: {q: qrels[q] for q in qrels if (q in chosen) == (split == "dev")} for split in ("train", "dev")}
     for split, of_split in splits.items():
-        with jsonl.atomic(paths.qrels(made, split)) as file:
-            file.write(b"query-id\tcorpus-id\tscore\n")
-            for query in of_split:
-                file.writelines(f"{query}\t{passage}\t{grade}\n".encode() for passage, grade in qrels[query].items())
-    for old, new in (
-        (paths.corpus(args.dataset), paths.corpus(made)),
-        (paths.queries(args.dataset), paths.queries(made)),
-        (paths.qrels(args.dataset, "test"), paths.qrels(made, "test")),
-        (paths.synthetic(args.dataset), paths.synthetic(made)),
-    ):
+        dataset.write_qrels(paths.qrels(made, split), of_split)
+    for place in (paths.corpus, paths.queries, lambda ds: paths.qrels(ds, "test"), paths.synthetic):
+        old, new = place(args.dataset), place(made)
         if old.is_file():
             new.unlink(missing_ok=True)
             new.symlink_to(os.path.relpath(old.resolve(), new.parent.resolve()))

@@ -78,9 +78,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--graded", action="store_true", help=what)
     what = "with --graded: a request a passage, yes or no; the grade is 3 times the probability of yes (needs logprobs)"
     parser.add_argument("--pointwise", action="store_true", help=what)
-    parser.add_argument(
-        "--pairs", type=int, default=10, help="pairs per query, at random when K gives more (default: %(default)s)"
-    )
+    cli.number(parser, "--pairs", int, 10, "pairs per query, at random when K gives more")
     parser.add_argument(
         "--both-orders", action="store_true", help="ask in both orders: keep agreeing verdicts only, or average grades"
     )
@@ -141,9 +139,6 @@ class Pairwise:
         prompt = lineage.text_sha256([PROMPT, MAX_PASSAGE_CHARACTERS])[:12]
         self.settings |= {"prompt": prompt, "temperature": TEMPERATURE}
 
-    def begin(self, settings: dict[str, Any], leave_out: Path | None) -> None:
-        pass
-
     def items(self, row: jsonl.Row) -> list[Pair]:
         """The pairs of one query that are compared: of its top passages with different texts."""
         different = itertools.islice(self._corpus.distinct(passage["id"] for passage in row["passages"]), self._args.k)
@@ -198,9 +193,8 @@ def report_on(output: Path, gold: dataset.Qrels, corpus: Corpus, top: jsonl.Tabl
         found = grades.report(rows, gold, ranked, lambda row: in_pairs(row, corpus, args), grading.RELEVANT)
     else:
         pair = ("preferred_id", "rejected_id")
-        found = judge.report(
-            ({**row, **{name: corpus.first_id(row[name]) for name in pair if name in row}} for row in rows), gold
-        )
+        rows = ({**row, **{name: corpus.first_id(row[name]) for name in pair if name in row}} for row in rows)
+        found = judge.report(rows, gold)
     jsonl.write_json(paths.report(output, ".json"), found)
     made_of.draw(found, paths.report(output, ".png"), title)
     terminal.say(f"judge  {paths.shown(paths.report(output, '.json'))} and .png")
@@ -243,7 +237,8 @@ def main(args: argparse.Namespace) -> None:
         done, resumed = jsonl.Seen(), record.resumes(output, how.settings, args.force, args.dry_run)
         if resumed:
             done = jsonl.Seen(map(how.key_of, jsonl.read(output, {"query_id": str, "shown": list}, torn=args.dry_run)))
-        how.begin(record.settings, output if resumed else None)
+        if args.graded:
+            how.begin(record.settings, output if resumed else None)
 
         def wanted() -> Iterator[tuple[Any, str]]:
             for row in filter(None, map(top.get, chosen)):

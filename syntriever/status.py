@@ -83,9 +83,6 @@ def bases(ds: str, by_who: str) -> list[str]:
     return sorted(found) or ["minilm" if ds == "pydocs" else "e5"]
 
 
-CHAINS = {"gold": (before_gold, by_gold), "llm": (before_llm, by_llm)}  # by who judges the training queries
-
-
 def state_of(output: Path, stale: dict[str, str]) -> tuple[str, str, str]:
     """(state, why, command that made it) of an output; `stale`: the outputs before it that are not fresh."""
     if not output.exists():
@@ -109,14 +106,16 @@ def state_of(output: Path, stale: dict[str, str]) -> tuple[str, str, str]:
 def main(args: argparse.Namespace) -> None:
     ds = args.dataset
     by_who = "gold" if paths.qrels(ds, "train").is_file() or not paths.corpus(ds).is_file() else "llm"
-    shared, own = CHAINS[by_who]
+    shared, own = (before_gold, by_gold) if by_who == "gold" else (before_llm, by_llm)
     stale: dict[str, str] = {}
 
     def show(steps: Iterable[tuple[Path, str]]) -> str:
         """Print the state of each output; the command for the first that is not fresh."""
         todo = ""
         for output, command in steps:
-            state, why, made_by = dataset_state(ds) if output == paths.dataset(ds) else state_of(output, stale)
+            state, why, made_by = "fresh" if paths.corpus(ds).is_file() else "missing", "", ""
+            if output != paths.dataset(ds):
+                state, why, made_by = state_of(output, stale)
             if state != "fresh":
                 stale[paths.shown(output)] = state
                 todo = todo or made_by or command
@@ -128,10 +127,6 @@ def main(args: argparse.Namespace) -> None:
         after = show(own(ds, base))
         todo = before or after
         terminal.say(f"next:    {todo}\n" if todo else f"{base} is complete\n")
-
-
-def dataset_state(ds: str) -> tuple[str, str, str]:
-    return ("fresh" if paths.corpus(ds).is_file() else "missing"), "", ""
 
 
 if __name__ == "__main__":

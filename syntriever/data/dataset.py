@@ -99,6 +99,14 @@ def load_qrels(ds: str, split: str) -> Qrels:
     return qrels
 
 
+def write_qrels(path: Path, qrels: Qrels) -> None:
+    """Write judgements in BEIR's three columns."""
+    with jsonl.atomic(path) as file:
+        file.write(b"query-id\tcorpus-id\tscore\n")
+        for query, judged in qrels.items():
+            file.writelines(f"{query}\t{passage}\t{grade}\n".encode() for passage, grade in judged.items())
+
+
 def load_queries(ds: str) -> dict[str, str]:
     """{query id: text}; a repeated id or an empty text is `BadInput`."""
     queries: dict[str, str] = {}

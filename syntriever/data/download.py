@@ -5,7 +5,6 @@ import hashlib
 import http.client
 import json
 import re
-import shutil
 import stat
 import subprocess
 import sys
@@ -157,13 +156,7 @@ def unpack(archive: Path, folder: Path) -> None:
                 raise BadInput(f"{archive.name}: member {member.filename!r} is a link; nothing was unpacked")
         if sum(member.file_size for member in members) > MAX_EXPANSION * archive.stat().st_size:
             raise BadInput(f"{archive.name}: unpacks to over {MAX_EXPANSION} times its size; nothing was unpacked")
-        for member in members:
-            if member.is_dir():
-                continue
-            path = folder / member.filename
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with file.open(member) as source, path.open("wb") as sink:
-                shutil.copyfileobj(source, sink, 1 << 20)
+        file.extractall(folder)
 
 
 @contextmanager

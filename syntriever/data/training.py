@@ -17,7 +17,7 @@ KINDS = ("gold", "log", "generated")
 
 JUDGED = "judged"  # the split that an LLM judges
 
-GENERATED: dict[str, type | tuple[type, ...]] = {"query_id": str, "query": str, "kind": str, "passage_id": str}
+GENERATED = {"query_id": str, "query": str, "kind": str, "passage_id": str}
 
 # Tenths of the queries without judgements: one chooses the best epoch, one is a test set where the dataset has none.
 FOLDS, HELD_OUT, TEST = 10, 0, 1

@@ -91,13 +91,8 @@ class Encoder:
         # The longest first, so that what is too much for the memory shows at once.
         order = np.argsort([-len(tokens) for tokens in ids], kind="stable")
         batches = list(self._within_budget(order, ids))
-        if self.workers == 1:
-            for batch in batches:
-                run(batch)
-            return made
         with ThreadPoolExecutor(self.workers) as pool:
-            for _ in pool.map(run, batches):
-                pass
+            list(pool.map(run, batches) if self.workers > 1 else map(run, batches))
         return made
 
     def tokenize(self, texts: Sequence[str], kind: str) -> list[list[int]]:

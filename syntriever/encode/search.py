@@ -98,21 +98,15 @@ def approximate(embeddings: Embeddings, queries: np.ndarray, k: int, factory: st
     index = _index(embeddings, factory, seed)
     some = queries[np.random.default_rng(seed).permutation(len(queries))[:JUDGED]]
     truth = _scan(embeddings, embeddings.starts, some, k).I
-
-    def measure() -> float:
-        return float(
-            np.mean([len(set(a) & set(b)) / k for a, b in zip(truth.tolist(), index.search(some, k)[1].tolist(), strict=True)])
-        )
-
     parameters = faiss.ParameterSpace()
     inner = faiss.try_extract_index_ivf(index)
-    name, most = ("nprobe", inner.nlist) if inner else ("efSearch", 4_096)
-    effort, reached = 1 if inner else 16, 0.0
+    name, effort, most = ("nprobe", 1, inner.nlist) if inner else ("efSearch", 16, 4_096)
     tunable = inner is not None or "HNSW" in factory
     while True:
         if tunable:
             parameters.set_index_parameter(index, name, effort)
-        reached = measure()
+        found = index.search(some, k)[1]
+        reached = float(np.mean([len({*a} & {*b}) / k for a, b in zip(truth.tolist(), found.tolist(), strict=True)]))
         if not tunable or reached >= recall or effort >= most:
             break
         effort = min(2 * effort, most)
@@ -150,7 +144,6 @@ def _index(embeddings: Embeddings, factory: str, seed: int) -> Any:
         terminal.say(f"read   {paths.shown(path)}, made before")
         return faiss.read_index(str(path))
     index = _empty_index(factory, embeddings.dim)
-    blocks = [embeddings.starts[at : at + BLOCK] for at in range(0, len(embeddings.starts), BLOCK)]
     if not index.is_trained:
         inner = faiss.try_extract_index_ivf(index)
         size = min(embeddings.count, max(TRAINING_SAMPLE, 40 * inner.nlist if inner else 0))
@@ -161,8 +154,8 @@ def _index(embeddings: Embeddings, factory: str, seed: int) -> Any:
             message = str(error).splitlines()[-1]
             raise BadInput(f"--index {factory!r} cannot be trained on {embeddings.count:,} passages: {message}") from None
     with terminal.progress(total=embeddings.count, unit="passage", desc="index") as bar:
-        for starts in blocks:
-            block = embeddings.block(starts)
+        for at in range(0, len(embeddings.starts), BLOCK):
+            block = embeddings.block(embeddings.starts[at : at + BLOCK])
             index.add(block)
             bar.update(len(block))
     sidecar.unlink(missing_ok=True)  # it is not to vouch for the next file
@@ -208,10 +201,8 @@ def top_k(
     vectors: Any = [None] * len(names) if encoder.late else np.empty((len(names), encoder.dim), np.float32)
     for at in windows:
         some = names[at : at + size]
-        if written:
-            vectors[at : at + size] = directions(encoder, [(queries[query], written(query)) for query in some])
-        else:
-            vectors[at : at + size] = encoder([queries[query] for query in some], "query")
+        told = [(queries[query], written(query)) for query in some] if written else None
+        vectors[at : at + size] = directions(encoder, told) if told else encoder([queries[query] for query in some], "query")
     if dim:
         embeddings.dim, vectors = dim, shards.prefix(vectors, dim)
     if not factory:

@@ -12,8 +12,8 @@ import json
 import os
 import sqlite3
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -23,6 +23,7 @@ from syntriever.errors import BadInput, Failed
 from syntriever.files.paths import shown
 
 Row = dict[str, Any]
+Fields = Mapping[str, type]  # that a row has to have
 
 
 def _reject_constant(name: str) -> float:
@@ -42,7 +43,7 @@ def _say_integer_ids(path: Path) -> None:
         print(f"note:  {shown(path)} has whole numbers as ids; they are read as text", flush=True)
 
 
-def parse(line: bytes, path: Path, number: int, fields: dict[str, type | tuple[type, ...]]) -> Row:
+def parse(line: bytes, path: Path, number: int, fields: Fields) -> Row:
     """Row of one line, with every name of `fields` present and of its type, else `BadInput`. An id
     (`_id`, `query_id`, ...) that is a whole number is read as text, which is said once per file."""
     try:
@@ -76,19 +77,16 @@ def opened(path: Path) -> BinaryIO:
         raise BadInput(f"{shown(path)}: {(error.strerror or str(error)).lower()}") from None
 
 
-def read(path: Path, fields: dict[str, type | tuple[type, ...]] | None = None, torn: bool = False) -> Iterator[Row]:
+def read(path: Path, fields: Fields | None = None, torn: bool = False) -> Iterator[Row]:
     """Rows of `path`, one at a time. A BOM, CRLF and blank lines are accepted.
 
     Raises `BadInput` naming `file:line` on anything that is not a JSON object with `fields`; with
     `torn`, a last line that has no end yet is left out instead.
     """
-    for _, _, row in read_with_offsets(path, fields or {}, torn):
-        yield row
+    return (row for _, _, row in read_with_offsets(path, fields or {}, torn))
 
 
-def read_with_offsets(
-    path: Path, fields: dict[str, type | tuple[type, ...]], torn: bool = False
-) -> Iterator[tuple[int, int, Row]]:
+def read_with_offsets(path: Path, fields: Fields, torn: bool = False) -> Iterator[tuple[int, int, Row]]:
     """(line number, byte offset, row) of every row of `path`."""
     offset = 0
     with opened(path) as file:
@@ -145,13 +143,7 @@ class Table:
     a key that occurs twice, or where `check(row)` returns a complaint.
     """
 
-    def __init__(
-        self,
-        path: Path,
-        key: str,
-        fields: dict[str, type | tuple[type, ...]],
-        check: Callable[[Row], str | None] = lambda row: None,
-    ) -> None:
+    def __init__(self, path: Path, key: str, fields: Fields, check: Callable[[Row], str | None] = lambda row: None) -> None:
         self.path, self.fields = path, {key: str, **fields}
         self._offsets: dict[str, tuple[int, int]] = {}
         for number, offset, row in read_with_offsets(path, self.fields):
@@ -230,7 +222,7 @@ def mend(path: Path) -> None:
             file.truncate(last)
 
 
-class Appender:
+class Appender(AbstractContextManager["Appender"]):
     """Append-only JSONL of a resumable stage: each row is complete on disk or not there.
 
     A row is with the kernel when `add` returns (safe against a killed process), and synced every
@@ -268,9 +260,6 @@ class Appender:
     def close(self) -> None:
         self.sync()
         self._file.close()
-
-    def __enter__(self) -> Appender:
-        return self
 
     def __exit__(self, *_: object) -> None:
         self.close()

@@ -5,7 +5,7 @@ import hashlib
 import re
 from collections.abc import Iterable
 from dataclasses import replace
-from typing import Protocol, TypeVar, runtime_checkable
+from typing import Protocol, TypeVar
 
 from syntriever.llm import cost, verdicts
 from syntriever.llm.ledger import Ledger, Request
@@ -24,15 +24,6 @@ class Teacher(Protocol):
     async def answer(self, request: Request) -> Reply: ...
 
     async def close(self) -> None: ...
-
-
-@runtime_checkable
-class Deferred(Protocol):
-    """A teacher that answers later: `Reply(reason="pending")` until a run that `collect`s the reply."""
-
-    def collect(self, ledger: Ledger, meter: cost.Meter) -> None: ...
-
-    def submit(self) -> None: ...
 
 
 class Asker:
@@ -97,11 +88,9 @@ class Asker:
             reminder = reminder or f"Answer with exactly one word and nothing else: {' or '.join(request.choices)}."
             second = await self.ask(replace(request, prompt=f"{request.prompt}\n\n{reminder}"))
             reply = replace(second, attempts=reply.attempts + second.attempts)
-        return (
-            reply
-            if reply.reason or not request.choices
-            else replace(reply, text=verdicts.parse_verdict(reply.text, request.choices) or "")
-        )
+        if request.choices and not reply.reason:
+            reply = replace(reply, text=verdicts.parse_verdict(reply.text, request.choices) or "")
+        return reply
 
 
 def fence(*texts: str) -> str:

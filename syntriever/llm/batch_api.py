@@ -223,7 +223,7 @@ class BatchTeacher:
     def _reply(self, line: dict[str, Any], request: Request, sent: dict[str, Any]) -> Reply:
         """Reply of one result line, without a `finish_reason` where it is to be asked for again. Notes
         what should end the run."""
-        response = _object(line.get("response"))
+        response = found if isinstance(found := line.get("response"), dict) else {}
         status, body = response.get("status_code"), response.get("body") or line.get("error")
         refusal = self._teacher.refusal(status if isinstance(status, int) else 0, body)
         if not refusal:
@@ -258,10 +258,6 @@ class BatchTeacher:
         except (openai.APIError, httpx2.HTTPError) as error:  # the latter from the middle of a download
             where = f"the Batch API of {self._teacher.where} cannot be reached"
             raise Failed(f"{where} ({type(error).__name__}); nothing is lost, run again") from None
-
-
-def _object(value: Any) -> dict[str, Any]:
-    return value if isinstance(value, dict) else {}
 
 
 def _request(custom_id: str, body: dict[str, Any]) -> Request:

@@ -4,7 +4,6 @@ same settings: these are not asked about again."""
 import argparse
 import itertools
 import re
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +15,7 @@ from syntriever.llm import asking, grading
 from syntriever.llm.replay import ReplayTeacher
 from syntriever.run import lineage, terminal
 
-
-@dataclass(frozen=True)
-class Query:
-    """A query and the passages that are to have a grade."""
-
-    query_id: str
-    candidates: tuple[str, ...]
+Item = tuple[str, list[str]]  # a query id and the passages that are to have a grade
 
 
 class Graded:
@@ -50,28 +43,28 @@ class Graded:
         for path in self._before.files:
             terminal.say(f"note:  what {paths.shown(path)} has is not asked again: the same judge, asked in the same way")
 
-    def items(self, row: jsonl.Row) -> list[Query]:
+    def items(self, row: jsonl.Row) -> list[Item]:
         source = self._sources.get(row["query_id"])
         if source and self._corpus.position(source) is None:
             generated = paths.shown(paths.generated(self._args.dataset))
             raise BadInput(f"{generated}: {row['query_id']!r} is of passage {source!r}, which the corpus lacks")
         found = candidates_of(row, self._corpus, self._args.k, source)
-        return [Query(row["query_id"], tuple(found))] if found else []
+        return [(row["query_id"], found)] if found else []
 
-    def key(self, item: Query) -> str:
-        return item.query_id
+    def key(self, item: Item) -> str:
+        return item[0]
 
     def key_of(self, row: jsonl.Row) -> str:
         return str(row["query_id"])
 
-    async def judge(self, asker: asking.Asker, item: Query, query: str) -> jsonl.Row:
+    async def judge(self, asker: asking.Asker, item: Item, query: str) -> jsonl.Row:
         """{"query_id", "query", "grades", ...}, or a "reason" why there is no grade."""
-        args, old = self._args, self._before.of(query)
-        texts = {passage: self._corpus.by_id(passage) for passage in item.candidates if passage not in old["grades"]}
+        args, old, (query_id, candidates) = self._args, self._before.of(query), item
+        texts = {passage: self._corpus.by_id(passage) for passage in candidates if passage not in old["grades"]}
         row: jsonl.Row = {"grades": {}, "shown": []}
         if texts:
             row = await grading.grade(asker, query, texts, args.seed, args.verdict_max_tokens, args.both_orders, args.pointwise)
-        return {"query_id": item.query_id, "query": query, **joined(row, old, list(item.candidates))}
+        return {"query_id": query_id, "query": query, **joined(row, old, candidates)}
 
 
 def candidates_of(row: jsonl.Row, corpus: Corpus, k: int, source: str | None = None) -> list[str]:

@@ -43,9 +43,8 @@ class Request:
         return lineage.text_sha256([model, self.prompt, self.temperature, self.choices, *more])[:32]
 
 
-_FIELDS: dict[str, type | tuple[type, ...]] = {"key": str, "model": str, "text": str, "reason": str, "finish_reason": str}
-
-_FIELDS |= {"step": str, "prompt_tokens": int, "completion_tokens": int, "attempts": int, "max_tokens": int}
+_FIELDS: dict[str, type] = {"key": str, "model": str, "step": str, "text": str, "reason": str, "finish_reason": str}
+_FIELDS |= {"prompt_tokens": int, "completion_tokens": int, "attempts": int, "max_tokens": int}
 
 
 class Ledger:

@@ -23,10 +23,8 @@ class Pace:
             limit = _number(headers.get(f"x-ratelimit-limit-{kind}"))
             if not limit:
                 continue
-            left, reset = (
-                _number(headers.get(f"x-ratelimit-remaining-{kind}")),
-                _seconds(headers.get(f"x-ratelimit-reset-{kind}")),
-            )
+            left = _number(headers.get(f"x-ratelimit-remaining-{kind}"))
+            reset = _seconds(headers.get(f"x-ratelimit-reset-{kind}"))
             rate = limit / 60
             if reset and left is not None and left < limit:
                 # Used slots come back one by one until `reset`, or all of them then: the faster is right.

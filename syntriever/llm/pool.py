@@ -161,10 +161,7 @@ class Pool:
         before = (lineage.load_record(self.qrels) or {}).get("results", {}).get("pool", {}).get("models", [])
         record = lineage.Record(self.args)
         record.reads(self.output)
-        with jsonl.atomic(self.qrels) as file:
-            file.write(b"query-id\tcorpus-id\tscore\n")
-            for query, judged in qrels.items():
-                file.writelines(f"{query}\t{passage}\t{grade}\n".encode() for passage, grade in judged.items())
+        dataset.write_qrels(self.qrels, qrels)
         pool = {"models": list(dict.fromkeys([*before, *runs])), "depth": DEPTH, "queries": len(qrels)}
         pool["passages"] = sum(map(len, qrels.values()))
         made = Judgements(self.llm, qrels)

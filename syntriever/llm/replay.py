@@ -32,7 +32,7 @@ class ReplayTeacher:
         self._relevant: dict[str, set[str]] = {}
         if synthesis.is_file():
             self._rows = {row["query"]: row for row in jsonl.read(synthesis, {"query": str})}
-        fields: dict[str, type | tuple[type, ...]] = {"query": str, "ranking": list}
+        fields = {"query": str, "ranking": list}
         for number, _, row in jsonl.read_with_offsets(preferences, fields) if preferences.is_file() else ():
             ranking = row["ranking"]
             relevant = row["relevant"] if "relevant" in row else next(iter(ranking), [])

@@ -17,11 +17,12 @@ from typing import Any
 from syntriever.errors import BadInput, Failed
 from syntriever.files import jsonl, paths
 from syntriever.llm import asking, cost
+from syntriever.llm.batch_api import BatchTeacher
 from syntriever.llm.ledger import Ledger
 from syntriever.run import terminal
 
 
-def work_through(items: Iterable[asking.T], work: Callable[[asking.T], Awaitable[None]], teacher: asking.Teacher) -> None:
+def work_through(items: Iterable[asking.T], work: Callable[[asking.T], Awaitable[object]], teacher: asking.Teacher) -> None:
     """Run `work` on every item, as many at a time as the teacher takes.
 
     After the first error of the input, the teacher or the disk nothing new is begun; what is in flight
@@ -87,7 +88,7 @@ def append_rows(
         ledger = Ledger(ledger_path, retry, read_only=args.dry_run)
         price, spent = cost.price_of(teacher.model, args.batch), ledger.used(teacher.model)
         meter = cost.Meter(price, args.max_requests, args.max_cost, spent)
-        if isinstance(teacher, asking.Deferred) and not args.dry_run:
+        if isinstance(teacher, BatchTeacher) and not args.dry_run:
             teacher.collect(ledger, meter)
         rest = iter(items)
         sample = list(itertools.islice(rest, SAMPLE))
@@ -124,7 +125,7 @@ def append_rows(
         try:
             work_through(items, work_and_write, teacher)
         except cost.LimitReached:
-            if isinstance(teacher, asking.Deferred):
+            if isinstance(teacher, BatchTeacher):
                 teacher.submit()
             raise
         finally:
@@ -138,7 +139,7 @@ def append_rows(
                 terminal.say(meter.table())
     if not failures.size:
         failures.path.unlink()
-    if isinstance(teacher, asking.Deferred):
+    if isinstance(teacher, BatchTeacher):
         teacher.submit()
     return counts, meter.results() | ({"replies_with_thoughts": asker.thoughtful} if asker.thoughtful else {})
 
@@ -157,11 +158,7 @@ def estimate(
         return
     imagined = cost.Imagined(model, ledger, price)
     asker = asking.Asker(imagined, ledger)
-
-    async def imagine(item: asking.T) -> None:
-        await work(asker, item)
-
-    work_through(sample, imagine, imagined)
+    work_through(sample, lambda item: work(asker, item), imagined)
     cost.say_estimate(imagined, len(sample), total, max_cost)
 
 

@@ -9,9 +9,10 @@ from syntriever.errors import BadInput
 from syntriever.files import paths
 from syntriever.llm import cost, llama
 from syntriever.llm.asking import Teacher
+from syntriever.llm.batch_api import BatchTeacher
 from syntriever.llm.replay import LedgerTeacher, ReplayTeacher
 from syntriever.llm.server import OpenAITeacher
-from syntriever.run import terminal
+from syntriever.run import cli, terminal
 
 CONCURRENCY = 64  # requests in flight at a server elsewhere
 
@@ -49,11 +50,7 @@ def make_teacher(ds: str, output: Path, args: argparse.Namespace) -> Teacher:
     if args.max_cost is not None and not cost.price_of(name, args.batch):
         raise BadInput(f"--max-cost: {cost.PRICES.name} lists no price for {name}; add it there ({cost.PRICES})")
     teacher = OpenAITeacher(name, args.base_url, args.concurrency or CONCURRENCY, args.attempts, args.timeout)
-    if args.batch:
-        from syntriever.llm.batch_api import BatchTeacher
-
-        return BatchTeacher(teacher, output)
-    return teacher
+    return BatchTeacher(teacher, output) if args.batch else teacher
 
 
 def add_options(parser: argparse.ArgumentParser, verdict_max_tokens: int | None, title: str = "teacher") -> None:
@@ -78,26 +75,17 @@ def add_options(parser: argparse.ArgumentParser, verdict_max_tokens: int | None,
     group.add_argument("--max-cost", type=float, help="stop before this many USD, by syntriever/prices.json (default: no limit)")
     what = f"requests in flight at once (default: {CONCURRENCY}, or {llama.SLOTS} of a model that runs here)"
     group.add_argument("--concurrency", type=int, help=what)
-    group.add_argument("--attempts", type=int, default=6, help="tries per request on 5xx and timeouts (default: %(default)s)")
-    group.add_argument("--timeout", type=float, default=120, help="seconds to wait for one reply (default: %(default)s)")
+    cli.number(group, "--attempts", int, 6, "tries per request on 5xx and timeouts")
+    cli.number(group, "--timeout", float, 120, "seconds to wait for one reply")
     if verdict_max_tokens:
-        group.add_argument(
-            "--verdict-max-tokens",
-            type=int,
-            default=verdict_max_tokens,
-            help="tokens per verdict; models that reason first need hundreds (default: %(default)s)",
-        )
+        what = "tokens per verdict; models that reason first need hundreds"
+        cli.number(group, "--verdict-max-tokens", int, verdict_max_tokens, what)
     group.add_argument("--retry-failed", action="store_true", help="ask again what was refused, truncated or unparsable before")
-    group.add_argument(
-        "--max-failure-rate", type=float, default=0.1, help="exit 1 when a larger share of rows failed (default: %(default)s)"
-    )
-    group.add_argument("--seed", type=int, default=42, help="seed of what is drawn here (default: %(default)s)")
+    cli.number(group, "--max-failure-rate", float, 0.1, "exit 1 when a larger share of rows failed")
+    cli.number(group, "--seed", int, 42, "seed of what is drawn here")
 
 
 def check_options(args: argparse.Namespace) -> None:
-    for name in ("concurrency", "attempts", "timeout", "verdict_max_tokens", "max_cost", "max_requests"):
-        value = getattr(args, name, None)
-        if value is not None and not value > 0:
-            raise BadInput(f"--{name.replace('_', '-')} must be positive")
+    cli.check_positive(args, "concurrency", "attempts", "timeout", "verdict_max_tokens", "max_tokens", "max_cost", "max_requests")
     if not 0 <= args.max_failure_rate <= 1:
         raise BadInput("--max-failure-rate is a share between 0 and 1")

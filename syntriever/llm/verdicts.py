@@ -28,18 +28,13 @@ _DOUBT = re.compile(
 )
 
 
-def unfenced(text: str) -> str:
-    """`text` without the code fence around all of it."""
-    text = text.strip()
-    fenced = _FENCE.fullmatch(text)
-    return fenced[1].strip() if fenced else text
-
-
 def parse_verdict(text: str, choices: tuple[str, ...], cut_off: bool = False) -> str | None:
     """The choice that `text` is, or that stands at its start or behind a label such as "Answer:"; None where that is
     not plain: two choices, a doubt, words of another meaning. A reply that was `cut_off` may have had a "but" ahead:
     it must be the choice itself."""
-    text = unfenced(text)
+    text = text.strip()
+    if fenced := _FENCE.fullmatch(text):
+        text = fenced[1].strip()
     if text.startswith('["'):
         return None
     if text.startswith("{") and not re.match(r"\{\w+\}\W*\Z", text):

@@ -34,13 +34,8 @@ def add_scores(folder: Path, ds: str, split: str, how: str, means: dict[str, flo
     here: dict[str, Any] = dict(zip(place, (ds, split, how), strict=True))
     results = [one for one in about.eval_results or [] if any(getattr(one, name) != here[name] for name in place)]
     for name, value in means.items():
-        kind: dict[str, Any] = {
-            "task_type": "information-retrieval",
-            "dataset_type": ds,
-            "metric_type": name.lower(),
-            "metric_name": name,
-        }
-        results.append(EvalResult(metric_value=round(value, 4), **kind, **here))
+        kind: dict[str, Any] = {"task_type": "information-retrieval", "dataset_type": ds, "metric_type": name.lower()}
+        results.append(EvalResult(metric_value=round(value, 4), metric_name=name, **kind, **here))
     about.model_name, about.eval_results = about.model_name or folder.name, results
     rows = ""
     for one in results:

@@ -1,6 +1,8 @@
 """The last evaluation as one self-contained HTML page: no script, nothing loaded from elsewhere."""
 
 import base64
+import shlex
+import sys
 import time
 from collections.abc import Iterable, Sequence
 from html import escape
@@ -47,11 +49,9 @@ img { max-width: 100%; background: white; } small { opacity: .75; }
 def write(sections: Iterable[str], summary: list[list[Any]], measure: str) -> None:
     """Write `results/report.html`. `summary`: header, then a row per model, or nothing."""
     commit, made = lineage.git_commit() or "not a git checkout", time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime())
-    how = f"{made}, code {escape(commit[:12])}, <code>{escape(cli.typed())}</code>"
+    how = f"{made}, code {escape(commit[:12])}, <code>{escape(shlex.join(['python', cli.script(), *sys.argv[1:]]))}</code>"
     head = f"<h1>Syntriever: evaluation</h1><p><small>{how}</small></p>"
-    overview = ""
-    if summary:
-        overview = f"<h2>{measure} by dataset</h2>" + _table(summary[0], summary[1:])
+    overview = f"<h2>{measure} by dataset</h2>" + _table(summary[0], summary[1:]) if summary else ""
     with jsonl.atomic(paths.report_html()) as file:
         file.write((PAGE + head + overview + "".join(sections) + "</body></html>\n").encode("utf-8", "replace"))
 
@@ -86,7 +86,7 @@ def section(
             f"<p><small>Difference of the means, 95% bootstrap interval, two-sided p of a paired randomisation test; "
             f"not corrected for the number of pairs.</small></p>"
             + _scatter(data, values, measure)
-            + _extremes(data, values, tops, measure)
+            + _extremes(data, values, tops)
             + "</details>"
         )
     for model, folder in folders.items():
@@ -134,17 +134,16 @@ def _scatter(data: Any, values: dict[str, dict[str, float]], measure: str) -> st
     )
 
 
-def _extremes(data: Any, values: dict[str, dict[str, float]], tops: dict[str, dict[str, Hits]], measure: str) -> str:
+def _extremes(data: Any, values: dict[str, dict[str, float]], tops: dict[str, dict[str, Hits]]) -> str:
     """The queries that gained and lost most, with the first passages by both models."""
     old, new = values
     gain = {query: values[new][query] - values[old][query] for query in values[old]}
     order = sorted(gain, key=lambda query: -gain[query])
     parts = []
-    for title, chosen in (("Gained most", order[:EXTREMES]), ("Lost most", order[::-1][:EXTREMES])):
+    won, lost = [query for query in order if gain[query] > 0], [query for query in order[::-1] if gain[query] < 0]
+    for title, chosen in (("Gained most", won), ("Lost most", lost)):
         parts.append(f"<h3>{title}</h3>")
-        for query in chosen:
-            if (gain[query] > 0) != (title == "Gained most") or not gain[query]:
-                continue
+        for query in chosen[:EXTREMES]:
             columns = ""
             for model, of_query in values.items():
                 passages = _passages(data, query, tops[model].get(query, []))

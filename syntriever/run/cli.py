@@ -2,7 +2,6 @@
 
 import argparse
 import os
-import shlex
 import sqlite3
 import sys
 from collections.abc import Callable
@@ -65,16 +64,16 @@ def script() -> str:
     return str(path.relative_to(paths.CODE)) if path.is_relative_to(paths.CODE) else str(path)
 
 
-def typed() -> str:
-    """The running command as the user would type it."""
-    return shlex.join(["python", script(), *sys.argv[1:]])
-
-
 def numbers(text: str) -> list[int]:
     """Type of an option: whole numbers from 1, separated by commas; each once, in ascending order."""
     if not all(part.strip().isdecimal() and int(part) for part in text.split(",")):
         raise argparse.ArgumentTypeError(f"{text}: expected whole numbers from 1, separated by commas")
     return sorted({int(part) for part in text.split(",")})
+
+
+def number(group: argparse._ActionsContainer, option: str, kind: type, default: float, what: str) -> None:
+    """An option that is a number, and whose help ends with its default."""
+    group.add_argument(option, type=kind, default=default, help=f"{what} (default: %(default)s)")
 
 
 def at_most(option: str, typed: int | None, default: int, most: int, where: str) -> int:
@@ -90,6 +89,6 @@ def at_most(option: str, typed: int | None, default: int, most: int, where: str)
 def check_positive(args: argparse.Namespace, *names: str) -> None:
     """`BadInput` where one of these options is given and not above 0."""
     for name in names:
-        value = getattr(args, name)
+        value = getattr(args, name, None)
         if value is not None and not value > 0:
             raise BadInput(f"--{name.replace('_', '-')} must be positive, not {value}")

@@ -32,22 +32,16 @@ def add_encoding_options(parser: argparse.ArgumentParser) -> None:
 def add_training_options(parser: argparse.ArgumentParser, *, epochs: float, batch_size: int, lr: str) -> None:
     """Options of both training stages. `lr`: what the default of `--lr` is, without `--lora`."""
     group = parser.add_argument_group("training")
-    group.add_argument("--epochs", type=float, default=epochs, help="passes over the rows (default: %(default)s)")
-    group.add_argument(
-        "--batch-size", type=int, default=batch_size, help="rows per step, of all processes together (default: %(default)s)"
-    )
+    cli.number(group, "--epochs", float, epochs, "passes over the rows")
+    cli.number(group, "--batch-size", int, batch_size, "rows per step, of all processes together")
     group.add_argument("--lr", type=float, help=f"peak learning rate of AdamW (default: {lr}; with --lora {LORA_LR:g})")
-    group.add_argument(
-        "--warmup", type=float, default=0.1, help="share of the steps with rising learning rate (default: %(default)s)"
-    )
-    group.add_argument("--temperature", type=float, default=0.05, help="tau of the scores cos/tau (default: %(default)s)")
+    cli.number(group, "--warmup", float, 0.1, "share of the steps with rising learning rate")
+    cli.number(group, "--temperature", float, 0.05, "tau of the scores cos/tau")
     group.add_argument("--max-length", type=int, help="tokens kept of each text in training (default: the model's own)")
     what = "Matryoshka: the mean of the loss over these lengths of the vectors, e.g. 768,256,64 (default: all entries alone)"
     group.add_argument("--dims", type=cli.numbers, metavar="N,N", help=what)
-    group.add_argument(
-        "--dev-pool", type=int, default=20_000, help="passages drawn beside the judged ones for dev (default: %(default)s)"
-    )
-    group.add_argument("--dev-queries", type=int, default=1_000, help="dev queries at most (default: %(default)s)")
+    cli.number(group, "--dev-pool", int, 20_000, "passages drawn beside the judged ones for dev")
+    cli.number(group, "--dev-queries", int, 1_000, "dev queries at most")
     group.add_argument(
         "--mini-batch-size",
         type=int,
@@ -58,11 +52,9 @@ def add_training_options(parser: argparse.ArgumentParser, *, epochs: float, batc
     what = "save the adapters, too, in the folder adapter/ of the checkpoint, which itself holds them merged"
     group.add_argument("--save-adapter", action="store_true", help=what)
     group.add_argument("--resume", action="store_true", help="go on where an interrupted run stopped")
-    group.add_argument(
-        "--save-minutes", type=float, default=15, help="minutes between checkpoints, beside epochs (default: %(default)s)"
-    )
+    cli.number(group, "--save-minutes", float, 15, "minutes between checkpoints, beside epochs")
     group.add_argument("--compile", action="store_true", help="compile the encoder (pays on a GPU, for long runs)")
-    group.add_argument("--seed", type=int, default=42, help="seed of order and dropout (default: %(default)s)")
+    cli.number(group, "--seed", int, 42, "seed of order and dropout")
     _add_common_options(group)
 
 
@@ -75,14 +67,11 @@ def add_judgement_options(parser: argparse.ArgumentParser, usual: str, default: 
         help="llm: the grades of stage2/parse_comparison.py --graded; both: these, and gold passages with the best grade "
         f"(default: {default})",
     )
-    what = "a grade counts as exp(grade / this) in the order that the LLM's grades teach (default: %(default)s)"
-    group.add_argument("--grade-temperature", type=float, default=0.5, help=what)
-    what = "weight of judged-relevant passages against all others, beside that order (default: %(default)s)"
-    group.add_argument("--contrast-weight", type=float, default=1.0, help=what)
-    what = "weight of relevant passages against the corpus, beside the batch (default: %(default)s)"
-    group.add_argument("--corpus-weight", type=float, default=0.3, help=what)
-    what = "passages of the corpus that each query of a batch brings to that (default: %(default)s)"
-    group.add_argument("--candidates", type=int, default=200, help=what)
+    what = "a grade counts as exp(grade / this) in the order that the LLM's grades teach"
+    cli.number(group, "--grade-temperature", float, 0.5, what)
+    cli.number(group, "--contrast-weight", float, 1.0, "weight of judged-relevant passages against all others, beside that order")
+    cli.number(group, "--corpus-weight", float, 0.3, "weight of relevant passages against the corpus, beside the batch")
+    cli.number(group, "--candidates", int, 200, "passages of the corpus that each query of a batch brings to that")
 
 
 def _add_common_options(group: argparse._ArgumentGroup) -> None:

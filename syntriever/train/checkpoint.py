@@ -96,9 +96,8 @@ def save(work: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimiz
     from safetensors.torch import save as serialize
 
     tensors = {f"model.{name}": value.clone() for name, value in trained(model).items()}
-    for number, parameter in enumerate(_parameters(optimizer)):
-        for name, value in optimizer.state[parameter].items():
-            tensors[f"optimizer.{number}.{name}"] = value
+    for number, values in optimizer.state_dict()["state"].items():
+        tensors |= {f"optimizer.{number}.{name}": value for name, value in values.items()}
     folder = work / f"checkpoint-{step}"
     temporary = work / f".checkpoint-{step}.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
@@ -121,17 +120,9 @@ def load(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> di
     tensors = load_file(folder / "state.safetensors")
     own = {name.removeprefix("model."): value for name, value in tensors.items() if name.startswith("model.")}
     put(model, own)
-    for number, parameter in enumerate(_parameters(optimizer)):
-        prefix = f"optimizer.{number}."
-        found = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
-        # AdamW keeps its count of steps on the CPU, unless it is fused.
-        fused = bool(optimizer.defaults.get("fused"))
-        move = {name: value.to(parameter.device) if name != "step" or fused else value for name, value in found.items()}
-        if move:
-            optimizer.state[parameter] = move
+    values: dict[int, dict[str, Tensor]] = {}
+    for _, number, name in (name.split(".") for name in tensors if name.startswith("optimizer.")):
+        values.setdefault(int(number), {})[name] = tensors[f"optimizer.{number}.{name}"]
+    optimizer.load_state_dict({"state": values, "param_groups": optimizer.state_dict()["param_groups"]})
     state: dict[str, Any] = json.loads((folder / "state.json").read_bytes())
     return state
-
-
-def _parameters(optimizer: torch.optim.Optimizer) -> list[Tensor]:
-    return [parameter for group in optimizer.param_groups for parameter in group["params"]]

@@ -15,8 +15,6 @@ from syntriever.encode import models, shards
 from syntriever.encode.encoder import Encoder
 from syntriever.run import processes, terminal
 
-# ---- the reference of stage 2
-
 
 @contextmanager
 def folder(output: Path) -> Iterator[Path]:
@@ -41,16 +39,11 @@ def embed(model: Any, texts: Iterable[str], count: int, kind: str, max_length: i
             shape.insert(1, models.longest(model, kind))
         if processes.rank() == 0:
             array = np.lib.format.open_memmap(path, "w+", np.float32, tuple(shape))
-            encode = Encoder(model)
-            made = (vectors for window in batched(texts, shards.SHARD) for vectors in encode(window, kind))
+            encode, rest = Encoder(model), iter(texts)
+            windows = iter(lambda: list(itertools.islice(rest, shards.SHARD)), [])
+            made = (vectors for window in windows for vectors in encode(window, kind))
             for row, vectors in enumerate(terminal.progress(made, total=count, desc=f"reference {kind}")):
                 array[row][: len(vectors)] = vectors  # the first tokens, or all of one vector
             array.flush()
     processes.wait()
     return torch.from_numpy(np.load(path, mmap_mode="c", allow_pickle=False))
-
-
-def batched(items: Iterable[str], size: int) -> Iterator[list[str]]:
-    iterator = iter(items)
-    while window := list(itertools.islice(iterator, size)):
-        yield window

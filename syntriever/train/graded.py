@@ -29,8 +29,6 @@ from syntriever.train.candidates import ABSENT
 GOLD = 3.0  # grade of a gold passage (`--judgements both`)
 MOST = 32  # judged passages of a query at most, the best ones
 
-NEAR = 0.95  # unjudged passages within this share of the nearest relevant one are no negatives
-
 # How much the teacher trusts the judge beside the starting encoder: weights of a grade that are tried.
 WEIGHTS = (0.0, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0)
 
@@ -205,7 +203,7 @@ def make_loss(
                 torch.from_numpy(np.stack([np.isin(positions, list(of_row[row])) for row in rows])).to(device)
                 for of_row in (relevant, unsure, judged.positions)
             )
-            near = losses.near_positives(cosines, is_relevant, is_judged, NEAR)
+            near = losses.near_positives(cosines, is_relevant, is_judged)
             return passages, cosines, (is_relevant, near | is_unsure)
 
         # Of the batch: the trained embeddings of all judged passages.
