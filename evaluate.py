@@ -192,7 +192,8 @@ def retrieve(
     """Top `k` of every query, by the first `dim` entries of the vectors, its own passage left out where the dataset asks for it;
     and what decides an embedding."""
     drop_self = data.name in dataset.SELF_RETRIEVAL
-    wanted = min((max(k, pool.DEPTH) if data.pooled else k) + drop_self, len(data.corpus))
+    depth = max(k, pool.DEPTH) if data.pooled else k
+    wanted = min(depth + drop_self, len(data.corpus))
     found: Iterable[tuple[str, Hits]]
     settings: dict[str, Any] = {}
     if ref:
@@ -205,7 +206,7 @@ def retrieve(
         found = bm25.run(data.corpus, data.queries, wanted, args.language) if processes.rank() == 0 else []
     if drop_self:
         terminal.say(f"note:  a query of {data.name} is itself a passage; it is left out of its own results, as BEIR does")
-        found = ((query, [hit for hit in hits if hit[0] != query][:k]) for query, hits in found)
+        found = ((query, [hit for hit in hits if hit[0] != query][:depth]) for query, hits in found)
     return dict(found), settings
 
 

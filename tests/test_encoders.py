@@ -442,7 +442,13 @@ def bag(folder):
     (folder / "modules.json").write_text('[{"type": "sentence_transformers.models.WordEmbeddings", "path": "0_WordEmbeddings"}]')
 
 
+def numbered(folder):
+    (folder / "modules.json").write_text("[0, [], null]")
+    (folder / "config.json").unlink()
+
+
 REFUSED = {
+    numbered: r"is not a checkpoint: it needs config\.json",
     static: "begins with StaticEmbedding, which is no transformer",
     model2vec: "begins with StaticEmbedding, which is no transformer",
     bag: "begins with WordEmbeddings, which is no transformer",

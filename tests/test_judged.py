@@ -192,6 +192,44 @@ def test_another_judge_does_not_go_on_under_the_name_of_the_first(notes, judged,
     assert paths.judged("notes").read_bytes() == before
 
 
+def test_each_dataset_has_its_own_judge(notes, judged, monkeypatch):
+    for path in (paths.corpus, paths.generated):
+        path("more").parent.mkdir(parents=True, exist_ok=True)
+        path("more").write_bytes(path("notes").read_bytes())
+    with LLMServer(reply=grader) as server:
+        judged(server, "bm25")
+        judged(None, "bm25", "--llm", "other", "--base-url", server.url, ds="more")
+    monkeypatch.delenv("OPENAI_API_KEY")
+    out = judged(None, "bm25", "more")  # and nobody is asked
+    assert out.count(" 0 to judge") == 2
+    assert "judged by an LLM (judge)" in out
+    assert "judged by an LLM (other)" in out
+
+
+def test_the_pool_is_as_deep_where_a_query_is_no_answer_to_itself(notes, judged, run_script, monkeypatch):
+    monkeypatch.setattr(dataset, "SELF_RETRIEVAL", {"notes"})
+    with LLMServer(reply=grader) as server:
+        given = ["--split", "judged", "--ks", "1,3", "--llm", "judge", "--base-url", server.url]
+        code, _, err = run_script("evaluate.py", "bm25", "notes", *given)
+        assert code == 0, err
+        found = [shown(prompt_of(body)) for body in server.requests]
+    asked = {topic: sum(len(passages) for other, passages in found if other == topic) for topic, _ in found}
+    assert max(asked.values()) == 10
+
+
+def test_failures_of_a_later_run_are_measured_against_all_requests(notes, judged):
+    with LLMServer(reply=grader) as server:
+        judged(server, "bm25")
+        total = len(server.requests)
+    paths.judged("notes").unlink()
+    paths.judged_ledger("notes").unlink()
+    with LLMServer(reply=grader) as server:
+        judged(server, "bm25", "--max-requests", total - 2, code=1)
+    answers = iter(["I cannot say."] * 2)
+    with LLMServer(reply=lambda body: next(answers, None) or grader(body)) as server:
+        judged(server, "bm25", "--concurrency", "1", "--max-failure-rate", 1.5 / total)
+
+
 @pytest.mark.parametrize("queries", [*training.KINDS, "all", None])
 def test_no_judged_query_trains(notes, judged, queries):
     """Not under its id, its text or its source, whichever queries train."""

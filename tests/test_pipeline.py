@@ -237,7 +237,12 @@ BAD = [
     (["evaluate.py", "minilm", "tiny", "--ks", "1,61"], "has 60 passages"),
     (["evaluate.py", "minilm", "tiny", "--ks", "ten"], "--ks: ten: expected whole numbers"),
     (["datasets/parse_synthetic.py", "tiny", "--llm", "gpt-4o"], "OPENAI_API_KEY is not set"),
-    (["datasets/parse_synthetic.py", "tiny", "--limit", "0"], "--limit"),
+    (["datasets/parse_synthetic.py", "tiny", "--limit", "0"], "--limit must be positive, not 0"),
+    (["datasets/parse_synthetic.py", "tiny", "--max-tokens", "-5"], "--max-tokens must be positive, not -5"),
+    (
+        ["train_stage2.py", "minilm", "tiny", "--judgements", "llm", "--preferences", f"{ROOT}/Makefile"],
+        "--preferences: is for --jud",
+    ),
     (["datasets/parse_synthetic.py", "pydocs"], "python datasets/build_pydocs.py"),
 ]
 

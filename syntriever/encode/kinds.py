@@ -34,7 +34,7 @@ def check(name: str, find: Callable[[str], str | Path | None]) -> str:
 
     Raises `BadInput` that says what to do where it is no encoder of single texts with a transformer.
     """
-    modules = content(find("modules.json"), list)
+    modules = [module for module in content(find("modules.json"), list) if isinstance(module, dict)]
     types, place = [str(module.get("type")) for module in modules], str(modules[0].get("path", "")) if modules else ""
     config = content(find("config.json"))
     if content(find("adapter_config.json")):

@@ -73,6 +73,7 @@ class Pool:
 
     def __init__(self, ds: str, corpus: Corpus, args: argparse.Namespace) -> None:
         """Find the queries: those of the test split, else those that are kept from training. Raises `BadInput`."""
+        args = argparse.Namespace(**vars(args))  # who judges this dataset is noted there, and says nothing of another
         self.ds, self.corpus, self.args = ds, corpus, args
         self.output, self.qrels = paths.judged(ds), paths.qrels(ds, SPLIT)
         if self.qrels.exists() and not lineage.load_record(self.qrels):
@@ -113,7 +114,7 @@ class Pool:
             record.reads(corpus.path, *self.files)
             settings = {"llm": self.llm, "seed": args.seed, **grading.settings(both_orders=False, pointwise=False)}
             resumed = record.resumes(self.output, settings, args.force, args.dry_run)
-            known = self._grades() if resumed else {}
+            known, finished = (self._grades(), sum(1 for _ in self._rows())) if resumed else ({}, 0)
             todo, results = list(portions(pool, known)), dict[str, Any]()
             size, new = sum(map(len, pool.values())), sum(len(passages) for _, passages in todo)
             terminal.say(
@@ -135,16 +136,20 @@ class Pool:
                 results = {**counts, **used}
                 if counts["not_recorded"]:
                     terminal.say(f"       {counts['not_recorded']:,} requests have no recorded answer")
-                check_failures(counts, len(known), self.output, args.max_failure_rate)
+                check_failures(counts, finished, self.output, args.max_failure_rate)
             if args.dry_run:
                 return None
             record.write(self.output, **results)
             return self._write(self._grades() if todo else known, runs)
 
+    def _rows(self) -> Iterator[jsonl.Row]:
+        """One of every request."""
+        return jsonl.read(self.output, {"query_id": str, "grades": dict}, torn=self.args.dry_run)
+
     def _grades(self) -> dict[str, dict[str, float]]:
         """{query: {passage: grade}} of the rows that are there."""
         known: dict[str, dict[str, float]] = {}
-        for row in jsonl.read(self.output, {"query_id": str, "grades": dict}, torn=self.args.dry_run):
+        for row in self._rows():
             known.setdefault(row["query_id"], {}).update(row["grades"])
         return known
 
