@@ -1,6 +1,7 @@
-"""Stage 1: distil the LLM's texts into an encoder (paper, section 3.3, with `--paper`).
+"""Stage 1: distil the LLM's texts or grades into an encoder (paper, section 3.3, with `--paper`).
 
 Reads    datasets/<dataset>/, datasets/<dataset>_synthetic.jsonl
+         stage2/<model>_<dataset>_judgements.jsonl               with --judgements llm or both
 Writes   output/<model>-sft-<dataset>/   checkpoint, run.json, log.jsonl, loss.png
 Run      python train_stage1.py e5 scifact
 """
@@ -106,7 +107,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "texts teach the query which passages of the corpus are near (default: distill, of a late-interaction encoder cluster). "
         "On judgements of an LLM: listwise (their default): softmax of the grades; plackett-luce: groups of equal grades",
     )
-    parser.add_argument("--view-weight", type=float, help=f"weight of the LLM's texts in the loss (default: {VIEW_WEIGHT})")
+    parser.add_argument("--view-weight", type=float, help="weight of the LLM's texts (default: 1 with distill, 0.3 with cluster)")
     parser.add_argument(
         "--no-mask-known-positives",
         action="store_true",
@@ -117,7 +118,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--no-negative", action="store_true", help="ablation: leave out the written irrelevant passages")
     parser.add_argument("--no-synthetic", action="store_true", help="ablation: leave out all synthetic text")
     parser.add_argument("--no-relabel", action="store_true", help="ablation: trust every positive, verified or not")
-    options.add_judgement_options(parser, "gold", "gold where qrels/train.tsv is there, else llm")
+    options.add_judgement_options(parser, "gold", "gold where qrels/train.tsv is there and --queries names no others, else llm")
     options.add_training_options(parser, epochs=3, batch_size=32, lr="1e-4 on gold judgements, 5e-5 on those of an LLM")
     return cli.parse(parser, argv, **PAPER)
 

@@ -1,8 +1,8 @@
-"""Stage 2: align the stage-1 encoder with the LLM's preferences by partial Plackett-Luce ranking,
-held near stage 1 by a KL term (paper, section 4).
+"""Stage 2: align an encoder with the LLM's preferences or grades, held near its start by a KL term (paper, section 4;
+its partial Plackett-Luce ranking with `--paper`).
 
-Reads    output/<model>-<dataset>/ (the stage-1 checkpoint, also the frozen reference),
-         stage2/<model>_<dataset>_preferences.jsonl, datasets/<dataset>/
+Reads    output/<model>-<dataset>/ (the stage-1 checkpoint, also the frozen reference), datasets/<dataset>/
+         stage2/<model>_<dataset>_preferences.jsonl, or ..._judgements.jsonl with --judgements llm or both
 Writes   output/<base>-final-<dataset>/   checkpoint, run.json, log.jsonl, loss.png
 Run      python train_stage2.py e5-sft scifact
 """
@@ -112,7 +112,7 @@ PAPER = {"loss": "partial-plackett-luce", "beta": 0.1, "batching": "pairs", "bat
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = cli.parser(__doc__)
-    parser.add_argument("model", help="a stage-1 checkpoint of this project, e.g. e5-sft")
+    parser.add_argument("model", help="X-sft, a stage-1 checkpoint of this project, or any encoder")
     dataset.add_argument(parser)
     training.add_option(parser)
     what = "of preferences: bradley-terry (their default) or the paper's partial-plackett-luce; of grades: listwise (theirs) or "
@@ -220,7 +220,7 @@ def main(args: argparse.Namespace) -> None:
         else:
             train(args, ref, source, output)
     before = models.comparable([ref.folder and lineage.started_from(ref.folder), args.model], args.dataset)
-    terminal.next_command("evaluate.py", "bm25", *before, final, typed)
+    terminal.next_command("evaluate.py", "bm25", *before, final, typed, split=training.test_split(args.dataset))
 
 
 def train(args: argparse.Namespace, ref: models.ModelRef, source: Path, output: Path) -> None:

@@ -241,6 +241,11 @@ def test_documents_alone_lead_to_a_measured_retriever(home, server, typed, follo
     if by == "next":
         done = follow(DOCUMENTS[0])
         assert [shlex.split(command)[1] for command in done] == [shlex.split(command)[1] for command in DOCUMENTS]
+        code, out, err = typed("python retrieval.py e5-sft notes --fuse")  # the second round
+        assert code == 0, err
+        done = follow(NEXT.findall(out)[0])
+        assert [shlex.split(command)[1] for command in done] == [COMPARISON, "train_stage2.py", "evaluate.py"]
+        assert done[-1] == "python evaluate.py bm25 e5 e5-sft e5-final notes --split judged"
     for command in DOCUMENTS if by == "status" else ():
         code, out, err = typed(f"python {STATUS} notes")
         assert (code, NEXT.findall(out)) == (0, [command]), err

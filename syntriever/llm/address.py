@@ -36,7 +36,7 @@ def of(model: str, base_url: str | None) -> Address:
             return Address(options | _azure(endpoint, azure, token), "AZURE_OPENAI_API_KEY", azure=True)
     if not key and not base_url:
         raise BadInput(
-            f"--llm {model}: OPENAI_API_KEY is not set. Set it, or point --base-url at a local server, or use --llm smollm2"
+            f"--llm {model}: OPENAI_API_KEY is not set. Set it, or point --base-url at a local server, or use --llm gguf:FILE"
         )
     url, query = _split(base_url or OPENAI, name)
     if key and "api-version" in query:  # Azure under its plain address

@@ -71,7 +71,7 @@ def add_judgement_options(parser: argparse.ArgumentParser, usual: str, default: 
     cli.number(group, "--grade-temperature", float, 0.5, what)
     cli.number(group, "--contrast-weight", float, 1.0, "weight of judged-relevant passages against all others, beside that order")
     cli.number(group, "--corpus-weight", float, 0.3, "weight of relevant passages against the corpus, beside the batch")
-    cli.number(group, "--candidates", int, 200, "passages of the corpus that each query of a batch brings to that")
+    cli.number(group, "--candidates", int, 200, "nearest passages of the corpus that each query of a batch adds to it")
 
 
 def _add_common_options(group: argparse._ArgumentGroup) -> None:
