@@ -60,11 +60,15 @@ MAX_PASSAGE_CHARACTERS = 3000  # a longer passage is cut here, for the LLM only
 SHOWN_EXAMPLES = 6  # in each prompt
 FRAGMENT_WORDS = 8  # a passage with fewer words is not asked about
 COPIED_WORDS = 7  # a query with as many words in a row of its passage is dropped: it would teach to look for equal words
+# A query that has what this finds, where its passage has not, is dropped: nobody who searches speaks so. Small models do.
+OF_THE_PASSAGE = re.compile(r"\bpassages?\b|\b(the|this|given) text\b", re.IGNORECASE)
 
 # -----------------------------------------------------------------------------------------------
 
 WORD = re.compile(rf"[\w{bm25.MARKS}]+")
 COPIED = f"copy {COPIED_WORDS} or more words in a row of their passage"
+PARROTED = "copy as many of the instructions"
+SPOKEN_OF = "speak of their passage, which whoever asks has not seen"
 JUDGED = "equal a query of dev or test"
 THERE = "equal a query of queries.jsonl"
 REPEATED = "equal another one of their passage"
@@ -179,7 +183,9 @@ def sort_out(reply: str, passage: str, known: dict[str, str]) -> Iterator[tuple[
     written: set[str] = set()
     for number, (kind, query) in enumerate(parse(reply), 1):
         same = plain(query)
-        why = known.get(same) or (REPEATED if same in written else COPIED if copies(query, passage) else "")
+        faults = {REPEATED: same in written, COPIED: copies(query, passage), PARROTED: copies(query, " ".join(KINDS.values()))}
+        faults |= {SPOKEN_OF: bool(OF_THE_PASSAGE.search(query)) and not OF_THE_PASSAGE.search(passage)}
+        why = known.get(same) or next((fault for fault, found in faults.items() if found), "")
         written.add(same)
         yield number, kind, query, why
 
@@ -235,7 +241,11 @@ def main(args: argparse.Namespace) -> None:
     teacher = teachers.make_teacher(args.dataset, output, args)
     settings = {"llm": teacher.model, "seed": args.seed, "temperature": TEMPERATURE}
     settings |= {"prompt": lineage.text_sha256([PROMPT, EXAMPLES, GRAMMAR, KINDS, MAX_PASSAGE_CHARACTERS, SHOWN_EXAMPLES])[:12]}
-    settings |= {"fewest words of a passage": FRAGMENT_WORDS, "copied words": COPIED_WORDS}
+    settings |= {
+        "fewest words of a passage": FRAGMENT_WORDS,
+        "copied words": COPIED_WORDS,
+        "of the passage": OF_THE_PASSAGE.pattern,
+    }
     dropped: Counter[str] = Counter()
 
     async def work(asker: asking.Asker, position: int) -> Made:
@@ -277,6 +287,8 @@ def main(args: argparse.Namespace) -> None:
                 "recorded answers hold no queries; name a model (--llm)" if counts["not_recorded"] else "all queries were dropped"
             )
             raise Failed(f"nothing was written to {paths.shown(output)}: {how}")
+        if training.test_split(args.dataset) and not training.reserved(args.dataset):
+            terminal.say("note:  the tenth that is kept for evaluate.py --split judged has none of them; ask about more passages")
         record.write(output, **counts, queries=dict(kinds), queries_dropped=dict(+dropped), **used)
     model = "minilm" if args.dataset == "pydocs" else "e5"
     terminal.next_command("retrieval.py", model, download.as_typed(args.dataset), "--fuse")

@@ -277,6 +277,34 @@ def test_copies_are_runs_of_words(query, text, run, joint):
         assert script.copies(joint.join(query).upper(), " ".join(text)) is expected
 
 
+@pytest.mark.parametrize(
+    ("query", "passage", "why"),
+    [
+        ("What is the first line of the passage?", "Water boils at 100 degrees.", "SPOKEN_OF"),
+        ("boiling, this text", "Water boils at 100 degrees.", "SPOKEN_OF"),
+        ("is a passage of Homer quoted", "A passage of Homer stands at its beginning.", ""),
+        ("how is the text of a label changed", "set() changes the text of a label.", ""),
+        ("why is boiling text hot", "Water boils at 100 degrees.", ""),
+        ("A statement of one sentence that somebody wants to have checked.", "Water boils at 100 degrees.", "PARROTED"),
+        ("does water boil at 100 degrees", "Water boils at 100 degrees.", ""),
+    ],
+)
+def test_what_nobody_would_search_for_is_dropped(query, passage, why):
+    script = load_script(GENERATION)
+    ((*_, found),) = script.sort_out(f"question: {query}", passage, {})
+    assert found == (getattr(script, why) if why else "")
+
+
+def test_a_test_set_without_queries_is_said(ports, run, monkeypatch):
+    said = "the tenth that is kept for evaluate.py --split judged has none of them"
+    paths.qrels("tiny", "test").unlink(missing_ok=True)
+    with LLMServer(four) as server:
+        monkeypatch.setattr(training, "TEST", training.FOLDS)
+        assert said in run(server, GENERATION, "--passages", 5)
+        monkeypatch.setattr(training, "TEST", 1)
+        assert said not in run(server, GENERATION)
+
+
 # --- which passages, which examples
 
 
