@@ -275,7 +275,7 @@ def test_no_queries_no_recorded_answers_and_options_of_a_judge(notes, judged, ru
     assert not paths.qrels("notes", "judged").exists()
     paths.generated("notes").unlink()
     err = judged(None, "bm25", "--llm", "judge", code=2)
-    assert "no datasets/notes/qrels/test.tsv, and no query without judgements" in err
+    assert "no datasets/notes/qrels/test.tsv, and the tenth of the queries without judgements" in err
     assert "datasets/generate_queries.py notes" in err
 
 

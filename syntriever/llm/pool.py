@@ -86,8 +86,9 @@ class Pool:
             self.files = list(filter(Path.is_file, (paths.queries(ds), paths.generated(ds))))
         if not self.queries:
             command = terminal.command("datasets/generate_queries.py", download.as_typed(ds))
-            ways = f"no {paths.shown(paths.qrels(ds, 'test'))}, and no query without judgements that could be kept from training"
-            raise BadInput(f"--split {SPLIT}: {ds} has {ways}. To have some written, run: {command}")
+            kept = "the tenth of the queries without judgements that is kept from training is empty"
+            lacks = f"{ds} has no {paths.shown(paths.qrels(ds, 'test'))}, and {kept}"
+            raise BadInput(f"--split {SPLIT}: {lacks}. To have queries of more passages written, run: {command}")
         begun = self.output.is_file() and self.output.stat().st_size > 0
         was = lineage.load_record(self.output) if begun and not args.llm else None
         self._teacher: asking.Teacher | None = None

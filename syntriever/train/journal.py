@@ -155,7 +155,7 @@ class Journal:
         put(model, last)
         gain = np.array([self.best_values[query] - self.last[query] for query in self.last])
         error = gain.std(ddof=1) / len(gain) ** 0.5 if len(gain) > 1 else np.inf
-        if 0 < gain.mean() <= error:
+        if gain.mean() <= error and (self.averaged or self.best_epoch != epoch):
             terminal.say(f"note:  {self.best_name} is better by {gain.mean():.4f}, within a standard error: the last epoch stays")
             self._keep(model, self.last, epoch)
 
