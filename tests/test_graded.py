@@ -308,7 +308,7 @@ def table(positions, grades, known):
 def test_a_judge_that_knows_is_trusted_alone(capsys):
     judged = table([[0, 1, 2], [3, 4, 5]], [[3, 0, 0], [0, 3, 0]], [0, 4])
     start = np.array([[0.1, 5, 9], [5, 0.2, 9]], np.float32)
-    assert graded.trust(start, judged) is None
+    assert graded.trust(start, judged) == (None, False)
     assert "is 0.333 by the encoder, 1.000 by the judge" in capsys.readouterr().out
 
 
@@ -316,21 +316,30 @@ def test_a_weak_judge_counts_beside_the_encoder(capsys):
     # The judge cannot tell the first two apart, and the encoder is sure of the third.
     judged = table([[0, 1, 2], [3, 4, 5]], [[1, 1, 0], [1, 1, 0]], [0, 3])
     start = np.array([[0.5, 0.1, 1.0], [0.5, 0.1, 1.0]], np.float32)
-    weight = graded.trust(start, judged)
+    weight, doubted = graded.trust(start, judged)
     assert weight == 1.0  # .5 leaves a tie with the third
     assert "0.500 by the encoder, 0.667 by the judge, 1.000 by the encoder + 1 times the judge" in capsys.readouterr().out
+    assert not doubted  # the encoder breaks its ties in the same way
+
+
+def test_a_judge_that_finds_less_than_the_encoder_is_doubted(capsys):
+    # It puts one of three passages right, and the encoder two.
+    judged = table([[0, 1, 2]] * 3, [[3, 2, 0], [1, 2, 0], [1, 2, 0]], [0, 0, 0])
+    start = np.array([[1.0, 1.5, 0.0], [2.0, 1.0, 0.0], [2.0, 0.0, 1.0]], np.float32)
+    assert graded.trust(start, judged) == (0.5, True)
+    assert "is 0.833 by the encoder, 0.667 by the judge, 0.889 by the encoder + 0.5 times" in capsys.readouterr().out
 
 
 def test_a_judge_that_adds_nothing_is_warned_of(capsys):
     judged = table([[0, 1], [2, 3]], [[0, 3], [0, 3]], [0, 2])
     start = np.array([[2.0, 1.0], [2.0, 1.9]], np.float32)
-    assert graded.trust(start, judged) == 0.0
+    assert graded.trust(start, judged) == (0.0, True)
     assert "warning: this judge adds nothing" in capsys.readouterr().out
 
 
 def test_without_a_known_passage_the_grades_are_the_teacher(capsys):
     for known in (-1, 7):  # none, or one that is not among the judged
-        assert graded.trust(np.zeros((1, 2), np.float32), table([[0, -1]], [[1, 0]], [known])) is None
+        assert graded.trust(np.zeros((1, 2), np.float32), table([[0, -1]], [[1, 0]], [known])) == (None, False)
     assert not capsys.readouterr().out
 
 

@@ -141,17 +141,19 @@ def held_out_score(held: Judged, corpus: Corpus, args: argparse.Namespace) -> jo
     return journal.DevScore(queries, qrels, corpus, args, from_start=True)
 
 
-def trust(start: np.ndarray, judged: Judged) -> float | None:
+def trust(start: np.ndarray, judged: Judged) -> tuple[float | None, bool]:
     """How much of the judge goes into the teacher: the weight w of start / temperature + w * signal by which the known
     passage of each query comes first most (mean reciprocal rank). None, the grades alone, where that is as good or
     nothing is known. It is said what each finds, and warned where the judge adds nothing.
+
+    And whether the judge is to be doubted: it finds them worse than the encoder, which here breaks its ties.
 
     Args:
         start: (Q, K) scores of the starting encoder, cos / temperature.
     """
     rows = judged.is_known.any(1)
     if not rows.any():
-        return None
+        return None, False
     there, wanted = judged.there[rows], judged.is_known[rows]
 
     def found(teacher: np.ndarray) -> float:
@@ -167,7 +169,10 @@ def trust(start: np.ndarray, judged: Judged) -> float | None:
     terminal.say(f"judge  {rows.sum():,} queries with a known passage; its mean reciprocal rank is {ranks}")
     if best == 0:
         terminal.say("warning: this judge adds nothing to what the encoder knows; a better one would")
-    return None if alone >= tried[best] else best
+    if alone >= tried[best]:
+        return None, False
+    lower = (judged.signal[:, :, None] > judged.signal[:, None, :]).sum(2)
+    return best, found(1000 * lower + start) < tried[0.0]
 
 
 def make_loss(
@@ -257,8 +262,8 @@ def train(
         base = ref.embeddings(args.dataset)
         looks_at = bank.build(model, corpus, base, folder, asked, judged.relevant, args.candidates, args.max_length)
         start = start_scores(looks_at, judged) / args.temperature
-        weight = trust(start, judged)
-        judged.doubted = held.doubted = weight is not None
+        weight, judged.doubted = trust(start, judged)
+        held.doubted = judged.doubted
         dev = dev or held_out_score(held, corpus, args)
         teacher = judged.grades / args.grade_temperature if weight is None else start + weight * judged.signal
 
