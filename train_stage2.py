@@ -195,9 +195,10 @@ def main(args: argparse.Namespace) -> None:
     models.check_late(ref, args.dims)
     typed = download.as_typed(args.dataset)
     source = args.preferences.resolve() if args.preferences else paths.preferences(ref.name, args.dataset)
-    if args.preferences and (not source.is_file() or args.judgements in ("llm", "both")):
-        why = "is for --judgements preferences" if source.is_file() else f"{args.preferences} is not there"
-        raise BadInput(f"--preferences: {why}")
+    if args.preferences and not source.is_file():
+        raise BadInput(f"--preferences: {args.preferences} is not there")
+    if args.preferences and args.judgements in ("llm", "both"):
+        raise BadInput("--preferences: is for --judgements preferences")
     if not args.judgements:
         args.judgements = "preferences" if source.is_file() or not paths.judgements(ref.name, args.dataset).is_file() else "llm"
     on_grades = args.judgements != "preferences"

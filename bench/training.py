@@ -199,18 +199,7 @@ def lists(home: Path) -> dict[str, Any]:
     """A step of 100 pairs of stage 2 (epochs have the same number of steps): every pair by itself, and lists."""
     found = {}
     for batching in ("pairs", "lists"):
-        options = [
-            "--loss",
-            "partial-plackett-luce",
-            "--batching",
-            batching,
-            "--batch-size",
-            "100",
-            "--epochs",
-            "0.5",
-            "--beta",
-            "0",
-        ]
+        options = ["--loss=partial-plackett-luce", f"--batching={batching}", "--batch-size=100", "--epochs=0.5", "--beta=0"]
         run = command(home, ROOT / "train_stage2.py", "minilm", "small", *COMMON, *options)
         found[f"{batching}_s_per_step"] = run["seconds_per_step"]
         print(f"lists: {batching} {run['seconds_per_step']:.2f} s a step of 100 pairs, {run['steps']} steps timed", flush=True)

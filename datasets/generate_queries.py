@@ -67,7 +67,7 @@ OF_THE_PASSAGE = re.compile(r"\bpassages?\b|\b(the|this|given) text\b", re.IGNOR
 
 WORD = re.compile(rf"[\w{bm25.MARKS}]+")
 COPIED = f"copy {COPIED_WORDS} or more words in a row of their passage"
-PARROTED = "copy as many of the instructions"
+PARROTED = f"copy {COPIED_WORDS} or more words in a row of the prompt"
 SPOKEN_OF = "speak of their passage, which whoever asks has not seen"
 JUDGED = "equal a query of dev or test"
 THERE = "equal a query of queries.jsonl"
@@ -241,11 +241,8 @@ def main(args: argparse.Namespace) -> None:
     teacher = teachers.make_teacher(args.dataset, output, args)
     settings = {"llm": teacher.model, "seed": args.seed, "temperature": TEMPERATURE}
     settings |= {"prompt": lineage.text_sha256([PROMPT, EXAMPLES, GRAMMAR, KINDS, MAX_PASSAGE_CHARACTERS, SHOWN_EXAMPLES])[:12]}
-    settings |= {
-        "fewest words of a passage": FRAGMENT_WORDS,
-        "copied words": COPIED_WORDS,
-        "of the passage": OF_THE_PASSAGE.pattern,
-    }
+    settings |= {"fewest words of a passage": FRAGMENT_WORDS, "copied words": COPIED_WORDS}
+    settings |= {"of the passage": OF_THE_PASSAGE.pattern}
     dropped: Counter[str] = Counter()
 
     async def work(asker: asking.Asker, position: int) -> Made:

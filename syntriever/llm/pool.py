@@ -68,6 +68,14 @@ def portions(pool: dict[str, list[str]], known: dict[str, dict[str, float]]) -> 
             yield query, new[start : start + PER_REQUEST]
 
 
+def grades_of(rows: Iterable[jsonl.Row]) -> dict[str, dict[str, float]]:
+    """{query: {passage: grade}}."""
+    known: dict[str, dict[str, float]] = {}
+    for row in rows:
+        known.setdefault(row["query_id"], {}).update(row["grades"])
+    return known
+
+
 class Pool:
     """The queries of a test set, and what an LLM says about the passages that models find for them."""
 
@@ -115,7 +123,8 @@ class Pool:
             record.reads(corpus.path, *self.files)
             settings = {"llm": self.llm, "seed": args.seed, **grading.settings(both_orders=False, pointwise=False)}
             resumed = record.resumes(self.output, settings, args.force, args.dry_run)
-            known, finished = (self._grades(), sum(1 for _ in self._rows())) if resumed else ({}, 0)
+            before = list(self._rows()) if resumed else []
+            known = grades_of(before)
             todo, results = list(portions(pool, known)), dict[str, Any]()
             size, new = sum(map(len, pool.values())), sum(len(passages) for _, passages in todo)
             terminal.say(
@@ -137,22 +146,15 @@ class Pool:
                 results = {**counts, **used}
                 if counts["not_recorded"]:
                     terminal.say(f"       {counts['not_recorded']:,} requests have no recorded answer")
-                check_failures(counts, finished, self.output, args.max_failure_rate)
+                check_failures(counts, len(before), self.output, args.max_failure_rate)
             if args.dry_run:
                 return None
             record.write(self.output, **results)
-            return self._write(self._grades() if todo else known, runs)
+            return self._write(grades_of(self._rows()) if todo else known, runs)
 
     def _rows(self) -> Iterator[jsonl.Row]:
         """One of every request."""
         return jsonl.read(self.output, {"query_id": str, "grades": dict}, torn=self.args.dry_run)
-
-    def _grades(self) -> dict[str, dict[str, float]]:
-        """{query: {passage: grade}} of the rows that are there."""
-        known: dict[str, dict[str, float]] = {}
-        for row in self._rows():
-            known.setdefault(row["query_id"], {}).update(row["grades"])
-        return known
 
     def _write(self, known: dict[str, dict[str, float]], runs: Runs) -> Judgements:
         """Write the judgements and their record. All passages with one text have the grade of the first."""

@@ -86,6 +86,7 @@ def add_options(parser: argparse.ArgumentParser, verdict_max_tokens: int | None,
 
 
 def check_options(args: argparse.Namespace) -> None:
-    cli.check_positive(args, "concurrency", "attempts", "timeout", "verdict_max_tokens", "max_tokens", "max_cost", "max_requests")
+    names = ("concurrency", "attempts", "timeout", "verdict_max_tokens", "max_tokens", "max_cost", "max_requests")
+    cli.check_positive(args, *(name for name in names if name in args))  # not every script has all
     if not 0 <= args.max_failure_rate <= 1:
         raise BadInput("--max-failure-rate is a share between 0 and 1")

@@ -89,6 +89,6 @@ def at_most(option: str, typed: int | None, default: int, most: int, where: str)
 def check_positive(args: argparse.Namespace, *names: str) -> None:
     """`BadInput` where one of these options is given and not above 0."""
     for name in names:
-        value = getattr(args, name, None)
+        value = getattr(args, name)
         if value is not None and not value > 0:
             raise BadInput(f"--{name.replace('_', '-')} must be positive, not {value}")

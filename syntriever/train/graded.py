@@ -172,7 +172,7 @@ def trust(start: np.ndarray, judged: Judged) -> tuple[float | None, bool]:
     if alone >= tried[best]:
         return None, False
     lower = (judged.signal[:, :, None] > judged.signal[:, None, :]).sum(2)
-    return best, found(1000 * lower + start) < tried[0.0]
+    return best, found(lower + start / (2 * np.abs(start).max() + 1)) < tried[0.0]
 
 
 def make_loss(
