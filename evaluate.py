@@ -53,6 +53,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--dim", type=cli.numbers, metavar="N,N", help=what)
     bm25.add_language(parser)
     options.add_encoding_options(parser)
+    what = f"with --split {pool.SPLIT}: a request a passage, yes or no, for a small judge (needs logprobs)"
+    parser.add_argument("--pointwise", action="store_true", help=what)
     teachers.add_options(parser, pool.MAX_TOKENS, f"the judge of --split {pool.SPLIT}")
     args = parser.parse_args(argv)
     names = list(dict.fromkeys(map(download.named, args.names)))
@@ -98,8 +100,10 @@ def main(args: argparse.Namespace) -> None:
     options.check_encoding_options(args)
     bm25.check_language(args.language)
     teachers.check_options(args)
-    if args.split != pool.SPLIT and (args.llm or args.batch or args.dry_run):
-        raise BadInput(f"--llm, --batch and --dry-run are for --split {pool.SPLIT}; no LLM judges the {args.split} split")
+    if args.split != pool.SPLIT and (args.llm or args.batch or args.dry_run or args.pointwise):
+        raise BadInput(
+            f"--llm, --batch, --dry-run and --pointwise are for --split {pool.SPLIT}; no LLM judges the {args.split} split"
+        )
     wanted = args.ks or metrics.KS
     datasets = [part for name in args.datasets for part in download.parts(name)]
     refs: dict[tuple[str, str], models.ModelRef] = {}

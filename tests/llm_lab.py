@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 import os
 import random
 import re
@@ -12,7 +13,7 @@ import time
 from collections import Counter
 
 from conftest import write_jsonl
-from llm_server import default_reply
+from llm_server import Answer, default_reply
 
 from syntriever.files import paths
 from syntriever.run import lineage
@@ -127,3 +128,16 @@ def kill_often(ledger, rng, kills, most, *command):
             os.killpg(process, signal.SIGKILL)
             assert int(launcher.stdout.readline()) == -signal.SIGKILL
         launcher.stdin.close()
+
+
+def yes_of(yes):
+    """An answer with this probability of yes, and nearly all of the rest for no."""
+    top = [
+        {"token": " Yes", "logprob": math.log(yes)},
+        {"token": "no", "logprob": math.log(0.98 - yes)},
+        {"token": "It", "logprob": -4},
+    ]
+    message = {"role": "assistant", "content": "yes" if yes > 0.5 else "no"}
+    content = [{"token": message["content"], "logprob": -0.1, "top_logprobs": top}]
+    choice = {"index": 0, "message": message, "finish_reason": "stop", "logprobs": {"content": content}}
+    return Answer(200, {"choices": [choice], "usage": {"prompt_tokens": 9, "completion_tokens": 1}})

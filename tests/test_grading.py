@@ -11,7 +11,7 @@ from dataclasses import replace
 
 import pytest
 from conftest import ROOT, make_dataset, write_jsonl
-from llm_lab import COMPARISON, kill_often, prompt_of, retrieve, rows
+from llm_lab import COMPARISON, kill_often, prompt_of, retrieve, rows, yes_of
 from llm_server import Answer, LLMServer, failure, said
 
 from syntriever.files import paths
@@ -512,16 +512,7 @@ def test_a_dry_run_asks_nothing_and_a_kill_loses_nothing(lab, run):
 def yes_or_no(body, attempt):
     prompt = prompt_of(body)
     number = int(NUMBER.search(re.search(r"\n<(\S+)>\n(.*)\n</\1>", prompt, re.S)[2])[1])
-    yes = [0.01, 0.2, 0.6, 0.95][distance(prompt, number)]
-    top = [
-        {"token": " Yes", "logprob": math.log(yes)},
-        {"token": "no", "logprob": math.log(0.98 - yes)},
-        {"token": "It", "logprob": -4},
-    ]
-    message = {"role": "assistant", "content": "yes" if yes > 0.5 else "no"}
-    content = [{"token": message["content"], "logprob": -0.1, "top_logprobs": top}]
-    choice = {"index": 0, "message": message, "finish_reason": "stop", "logprobs": {"content": content}}
-    return Answer(200, {"choices": [choice], "usage": {"prompt_tokens": 9, "completion_tokens": 1}})
+    return yes_of([0.01, 0.2, 0.6, 0.95][distance(prompt, number)])
 
 
 def test_pointwise_grades_are_the_log_odds_of_yes(lab, run):

@@ -12,7 +12,7 @@ import sys
 
 import pytest
 from conftest import ROOT, SFT, file_size_limit, make_dataset, write_jsonl
-from llm_lab import prompt_of, rows
+from llm_lab import prompt_of, rows, yes_of
 from llm_server import LLMServer
 from test_llm_stages import wait_for
 
@@ -150,6 +150,28 @@ def test_an_llm_judges_the_pool_and_says_so(notes, judged, tiny_encoder):
     assert {"datasets/notes/qrels/judged.tsv", "datasets/notes_generated.jsonl"} <= result["inputs"].keys()
 
 
+def test_a_small_judge_says_yes_or_no_to_one_passage_at_a_time(notes, judged, tiny_encoder):
+    yes = (0.02, 0.3, 0.6, 0.95)  # of each grade; three times it is 0, 1, 2 and 3
+
+    def says(body, attempt):
+        topic, (passage,) = shown(prompt_of(body))
+        return yes_of(yes[grade(topic, passage)])
+
+    with LLMServer(says=says) as server:
+        out = judged(server, "bm25", "--pointwise")
+        assert "pointwise was True and is now False" in judged(server, "bm25", tiny_encoder, code=2)
+        # Unless another is named the same judge goes on, in its own way, and is asked about nothing twice.
+        judged(None, "bm25", tiny_encoder, "--base-url", server.url)
+        asked = len(server.requests)
+    qrels = dataset.load_qrels("notes", "judged")
+    assert asked == sum(len({int(p[1:]) % 20 for p in found}) for found in qrels.values())
+    for query, found in qrels.items():
+        assert found == {p: (0, 0, 1, 2)[grade(int(query[1:]), int(p[1:]) % 20)] for p in found}
+    line = "judged by an LLM (judge), not by a person; of 3 times the probability of its yes, rounded, 2 and 3 count as relevant"
+    assert line in out
+    assert len(qrels) > 3
+
+
 def test_a_later_model_has_only_its_new_passages_judged(notes, judged, tiny_encoder, monkeypatch):
     with LLMServer(reply=grader) as server:
         judged(server, "bm25")
@@ -258,7 +280,7 @@ def test_test_queries_where_there_are_some_and_a_file_of_ones_own_is_kept(lab, j
 
 def test_no_queries_no_recorded_answers_and_options_of_a_judge(notes, judged, run_script, tiny_encoder):
     code, _, err = run_script("evaluate.py", "bm25", "notes", "--llm", "judge")
-    assert (code, "--llm, --batch and --dry-run are for --split judged" in err) == (2, True)
+    assert (code, "--llm, --batch, --dry-run and --pointwise are for --split judged" in err) == (2, True)
     assert "there are no recorded answers for notes" in judged(None, "bm25", "--llm", "replay", code=2)
     recorded = rows(paths.recorded("pydocs") / "preferences.jsonl")[0]["query"]
     make_dataset(

@@ -18,6 +18,16 @@ from syntriever.run import lineage, terminal
 Item = tuple[str, list[str]]  # a query id and the passages that are to have a grade
 
 
+def prepare(teacher: asking.Teacher, corpus: Corpus, pointwise: bool) -> bool:
+    """Whether recorded answers grade; these know passages by their texts then."""
+    recorded = isinstance(teacher, ReplayTeacher)
+    if recorded and pointwise:
+        raise BadInput("--pointwise needs a model that is asked: recorded answers have no probabilities")
+    if isinstance(teacher, ReplayTeacher):
+        teacher.by_text(corpus.first_id)
+    return recorded
+
+
 class Graded:
     """Grades all candidates of a query at once: one row a query."""
 
@@ -28,10 +38,7 @@ class Graded:
         self.settings = {"llm": teacher.model, "k": args.k, "seed": args.seed}
         self.settings |= grading.settings(args.both_orders, args.pointwise)
         self.inputs = list(train.files)
-        if isinstance(teacher, ReplayTeacher):
-            if args.pointwise:
-                raise BadInput("--pointwise needs a model that is asked: recorded answers have no probabilities")
-            teacher.by_text(corpus.first_id)
+        if prepare(teacher, corpus, args.pointwise):
             self.inputs += [path for path in paths.recordings(paths.recorded(args.dataset))[1:] if path.is_file()]
 
     def begin(self, settings: dict[str, Any], leave_out: Path | None) -> None:

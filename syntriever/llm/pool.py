@@ -11,8 +11,7 @@ from syntriever.data.corpus import Corpus
 from syntriever.data.dataset import Hits, Qrels
 from syntriever.errors import BadInput
 from syntriever.files import jsonl, paths
-from syntriever.llm import asking, grading, teachers
-from syntriever.llm.replay import ReplayTeacher
+from syntriever.llm import asking, grading, judging, teachers
 from syntriever.llm.rows import append_rows, check_failures
 from syntriever.run import lineage, processes, terminal
 
@@ -35,12 +34,14 @@ class Judgements:
     """What an LLM said about a pool, as `qrels/judged.tsv` has it."""
 
     llm: str
+    pointwise: bool
     qrels: Qrels
 
     @property
     def line(self) -> str:
         """Who judged: no figure is shown without it."""
-        grades = "of its grades 0 to 3, 2 and 3 count as relevant, as 1 and 2"
+        graded = "3 times the probability of its yes, rounded" if self.pointwise else "its grades 0 to 3"
+        grades = f"of {graded}, 2 and 3 count as relevant, as 1 and 2"
         who = "recorded answers" if self.llm == "replay" else self.llm
         return f"judged by an LLM ({who}), not by a person; {grades}"
 
@@ -59,13 +60,16 @@ def pooled(runs: Iterable[dict[str, Hits]], corpus: Corpus) -> dict[str, list[st
     return {query: sorted(passages) for query, passages in pool.items()}
 
 
-def portions(pool: dict[str, list[str]], known: dict[str, dict[str, float]]) -> Iterator[tuple[str, list[str]]]:
-    """(query, passages of one request) for all passages of the pool without a grade. All portions but the last of a query
-    are full, so that those which a killed run left are asked for as they were, and come from the ledger if they arrived."""
+def portions(
+    pool: dict[str, list[str]], known: dict[str, dict[str, float]], most: int = PER_REQUEST
+) -> Iterator[tuple[str, list[str]]]:
+    """(query, at most `most` passages of one request) for all passages of the pool without a grade. All portions but the last
+    of a query are full, so that those which a killed run left are asked for as they were, and come from the ledger if they
+    arrived."""
     for query, passages in pool.items():
         new = [passage for passage in passages if passage not in known.get(query, {})]
-        for start in range(0, len(new), PER_REQUEST):
-            yield query, new[start : start + PER_REQUEST]
+        for start in range(0, len(new), most):
+            yield query, new[start : start + most]
 
 
 def grades_of(rows: Iterable[jsonl.Row]) -> dict[str, dict[str, float]]:
@@ -102,6 +106,7 @@ class Pool:
         self._teacher: asking.Teacher | None = None
         if was:  # the same judge goes on, and needs its key only where there is something to judge
             args.llm, self.llm = was["options"]["llm"], was["settings"]["llm"]
+            args.pointwise = args.pointwise or was["settings"]["pointwise"]
         else:
             self._teacher = self._make_teacher()  # what it lacks shows before the encoding
             self.llm = self._teacher.model
@@ -110,8 +115,7 @@ class Pool:
 
     def _make_teacher(self) -> asking.Teacher:
         teacher = teachers.make_teacher(self.ds, self.output, self.args)
-        if isinstance(teacher, ReplayTeacher):
-            teacher.by_text(self.corpus.first_id)
+        judging.prepare(teacher, self.corpus, self.args.pointwise)
         return teacher
 
     def judge(self, runs: Runs) -> Judgements | None:
@@ -121,11 +125,11 @@ class Pool:
         with processes.lock(self.output, args.dry_run), processes.lock(ledger, args.dry_run):
             record = lineage.Record(args)
             record.reads(corpus.path, *self.files)
-            settings = {"llm": self.llm, "seed": args.seed, **grading.settings(both_orders=False, pointwise=False)}
+            settings = {"llm": self.llm, "seed": args.seed, **grading.settings(False, args.pointwise)}
             resumed = record.resumes(self.output, settings, args.force, args.dry_run)
             before = list(self._rows()) if resumed else []
             known = grades_of(before)
-            todo, results = list(portions(pool, known)), dict[str, Any]()
+            todo, results = list(portions(pool, known, 1 if args.pointwise else PER_REQUEST)), dict[str, Any]()
             size, new = sum(map(len, pool.values())), sum(len(passages) for _, passages in todo)
             terminal.say(
                 f"pool   top {DEPTH} of {', '.join(runs)} for {len(pool):,} queries: {size:,} passages, {new:,} to judge"
@@ -139,7 +143,8 @@ class Pool:
                 async def work(asker: asking.Asker, item: tuple[str, list[str]]) -> jsonl.Row:
                     query, passages = item
                     texts = {passage: corpus.by_id(passage) for passage in passages}
-                    row = await grading.grade(asker, self.queries[query], texts, args.seed, args.verdict_max_tokens)
+                    limit, pointwise = args.verdict_max_tokens, args.pointwise
+                    row = await grading.grade(asker, self.queries[query], texts, args.seed, limit, pointwise=pointwise)
                     return {"query_id": query, **row, "llm": self.llm}
 
                 counts, used = append_rows(self.output, ledger, todo, len(todo), work, teacher, args, unit="request")
@@ -172,7 +177,7 @@ class Pool:
         dataset.write_qrels(self.qrels, qrels)
         pool = {"models": list(dict.fromkeys([*before, *runs])), "depth": DEPTH, "queries": len(qrels)}
         pool["passages"] = sum(map(len, qrels.values()))
-        made = Judgements(self.llm, qrels)
+        made = Judgements(self.llm, self.args.pointwise, qrels)
         record.write(self.qrels, judged_by=made.line, pool=pool, grade_in_file={str(k): v for k, v in IN_FILE.items()})
         terminal.say(f"wrote  {paths.shown(self.qrels)}: {pool['passages']:,} judgements of {len(qrels):,} queries, {made.line}")
         if left := len(self.queries) - len(qrels):
