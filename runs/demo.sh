@@ -12,6 +12,9 @@ if [ -n "${LEDGER:-}" ]; then TEACHER+=(--ledger "$LEDGER"); fi
 if [ "$LLM" != replay ]; then TEACHER+=(--limit "${LIMIT:-16}"); fi
 # A model of 135M parameters fails often; the demo goes on with what it can do.
 if [ "$LLM" = smollm2 ]; then TEACHER+=(--max-failure-rate 1); fi
+# A small model grades one passage at a time: its lists are all zeros.
+GRADED=(--graded)
+case "$LLM" in qwen2.5-1.5b | smollm2 | gguf:*) GRADED+=(--pointwise) ;; esac
 # Settings for two CPU cores: every stage reads 96 tokens of a text; a small dev pool.
 SHORT=(--max-length 96)
 TRAINING=("${SHORT[@]}" --dev-pool 300)
@@ -28,7 +31,7 @@ step python train_stage2.py minilm-sft pydocs "${TRAINING[@]}"
 # The same queries without their labels: the LLM grades candidates, and its grades alone train the same encoder.
 FREE=(--name minilm-free)
 step python retrieval.py minilm pydocs --fuse "${FREE[@]}" "${SHORT[@]}"
-step python stage2/parse_comparison.py pydocs --model minilm "${FREE[@]}" --graded "${TEACHER[@]}"
+step python stage2/parse_comparison.py pydocs --model minilm "${FREE[@]}" "${GRADED[@]}" "${TEACHER[@]}"
 step python train_stage1.py minilm pydocs --judgements llm "${FREE[@]}" "${TRAINING[@]}"
 
 step python evaluate.py bm25 minilm minilm-free-sft minilm-sft minilm-final pydocs "${SHORT[@]}"
