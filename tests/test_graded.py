@@ -458,16 +458,22 @@ def test_untrained_trained_and_averaged_weights_are_candidates(judge, home, tiny
 
 @pytest.mark.parametrize(
     ("gains", "kept"),
-    [([0.1, 0.1, 0.0, 0.0], 1.0), ([0.1, 0.0, 0.0, 0.0], 1.0), ([0.1, 0.1, 0.1, 0.0], 0.0), ([0.0] * 4, 1.0), ([-0.1] * 4, 1.0)],
+    [
+        ([0.1, 0.1, 0.1, -0.1], 1.0),
+        *[([gain, 0.0, 0.0, 0.0], 1.0) for gain in (0.1, 0.2, 0.3, 0.35, 0.41)],
+        ([0.1, 0.1, 0.1, 0.0], 0.0),
+        ([0.0] * 4, 1.0),
+        ([-0.1] * 4, 1.0),
+    ],
 )
-def test_the_last_epoch_stays_within_two_standard_errors(judge, home, tiny_encoder, run_script, monkeypatch, gains, kept):
-    """Mean .05, standard error .029; one query alone, whose mean is its standard error; mean .075, standard error .025; the
-    untrained encoder is as good, and worse."""
+def test_the_last_epoch_stays_within_a_standard_error(judge, home, tiny_encoder, run_script, monkeypatch, gains, kept):
+    """Mean .05, standard error .05; one query alone, whose mean is its standard error but for rounding; mean .075, standard
+    error .025; the untrained encoder is as good, and worse."""
     start = {query: 0.5 + gain for query, gain in zip("abcd", gains, strict=True)}
     scores = iter([start, dict.fromkeys("abcd", 0.5), dict.fromkeys("abcd", 0.2)])
     monkeypatch.setattr(journal.DevScore, "__call__", lambda self, model: next(scores))
     out = run_stage1(run_script, tiny_encoder, "--epochs", "1")
-    assert ("within two standard errors: the last epoch stays" in out) == (kept == 1 and sum(gains) >= 0)
+    assert ("within a standard error: the last epoch stays" in out) == (kept == 1 and sum(gains) >= 0)
     record = json.loads((paths.model_output(f"{SFT}-tiny") / "run.json").read_text())
     assert record["results"]["best_epoch"] == kept
     assert record["results"]["dev_ndcg_at_10"] == pytest.approx(0.5 if kept else 0.575)

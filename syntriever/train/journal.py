@@ -140,7 +140,8 @@ class Journal:
 
     def choose(self, model: Any, step: int, epoch: float) -> None:
         """Between the last epoch, whatever was best before it, and the average of its weights and those from the start. A few
-        dozen queries measure little: the last epoch stays unless another is better by more than two standard errors."""
+        dozen queries measure little: the last epoch stays unless another is better by more than a standard error, which
+        one query alone never is: there both are equal."""
         if self.dev is None or not self.dev.from_start:
             return
         start, last = load_file(self.work / START), {name: tensor.clone() for name, tensor in trained(model).items()}
@@ -155,8 +156,8 @@ class Journal:
         put(model, last)
         gain = np.array([self.best_values[query] - self.last[query] for query in self.last])
         error = gain.std(ddof=1) / len(gain) ** 0.5 if len(gain) > 1 else np.inf
-        if gain.mean() <= 2 * error and (self.averaged or self.best_epoch != epoch):
-            terminal.say(f"note:  {self.best_name} is better by {gain.mean():.4f}, within two standard errors: the last epoch stays")
+        if gain.mean() <= error * (1 + 1e-9) and (self.averaged or self.best_epoch != epoch):
+            terminal.say(f"note:  {self.best_name} is better by {gain.mean():.4f}, within a standard error: the last epoch stays")
             self._keep(model, self.last, epoch)
 
     def _best_file(self) -> Path:
