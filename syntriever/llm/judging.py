@@ -20,12 +20,12 @@ Item = tuple[str, list[str]]  # a query id and the passages that are to have a g
 
 def prepare(teacher: asking.Teacher, corpus: Corpus, pointwise: bool) -> bool:
     """Whether recorded answers grade; these know passages by their texts then."""
-    recorded = isinstance(teacher, ReplayTeacher)
-    if recorded and pointwise:
+    if not isinstance(teacher, ReplayTeacher):
+        return False
+    if pointwise:
         raise BadInput("--pointwise needs a model that is asked: recorded answers have no probabilities")
-    if isinstance(teacher, ReplayTeacher):
-        teacher.by_text(corpus.first_id)
-    return recorded
+    teacher.by_text(corpus.first_id)
+    return True
 
 
 class Graded:
