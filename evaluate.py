@@ -134,6 +134,9 @@ def main(args: argparse.Namespace) -> None:
     if checkpoint and processes.rank() == 0:
         hub.create(args.push_to_hub)
     device = processes.start(args.device)
+    if args.dim or args.max_length:  # what one encoder cannot do is said before another has embedded anything
+        for ref in {ref.where: ref for ref in refs.values()}.values():
+            models.load(ref, "cpu", args.max_length, args.dim)
     cuts = args.dim[::-1] if args.dim else [None]
     entries = [(model, dim) for model in args.models for dim in (cuts if model != "bm25" else [None])]
     table: dict[str, dict[str, Measures]] = {}

@@ -186,9 +186,9 @@ def main(args: argparse.Namespace) -> None:
     args.loss = args.loss or ("listwise" if not on_gold else "cluster" if ref.late else "distill")
     if (args.loss in ORDERS) == on_gold:
         raise BadInput(f"--loss {args.loss} does not go with --judgements {args.judgements}; see --help")
-    if ref.late and args.loss in ("distill", *ORDERS):
-        remedy = "a late-interaction encoder trains on gold judgements, with --loss snn or cluster"
-        raise BadInput(f"--loss {args.loss} needs one vector a text; {remedy}")
+    models.check_late(ref, graded=not on_gold)
+    if ref.late and args.loss == "distill":
+        raise BadInput("--loss distill needs one vector a text; a late-interaction encoder trains with --loss snn or cluster")
     if args.view_weight is None:
         args.view_weight = VIEW_WEIGHT.get(args.loss)
     typed, source, used = download.as_typed(args.dataset), paths.synthetic(args.dataset), False

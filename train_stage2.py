@@ -202,6 +202,7 @@ def main(args: argparse.Namespace) -> None:
     if not args.judgements:
         args.judgements = "preferences" if source.is_file() or not paths.judgements(ref.name, args.dataset).is_file() else "llm"
     on_grades = args.judgements != "preferences"
+    models.check_late(ref, graded=on_grades)
     if on_grades:
         source = training.judgements(args.dataset, ref.name, args.model, args.name, args.queries)
     elif not source.is_file():

@@ -42,7 +42,7 @@ def prompt(n: int) -> str:
 
 def syntriever(url: str, requests: int, workers: int, folder: Path) -> None:
     """What a stage does: estimate, ask through the ledger, append rows."""
-    from syntriever.llm import asking, teachers
+    from syntriever.llm import address, asking, teachers
     from syntriever.llm.ledger import Request
     from syntriever.llm.rows import append_rows
     from syntriever.llm.server import OpenAITeacher
@@ -55,7 +55,7 @@ def syntriever(url: str, requests: int, workers: int, folder: Path) -> None:
         reply = await asker.ask(Request("write", (str(n),), prompt(n), 0.7, 64))
         return {"n": n, "text": reply.text} | ({"reason": reply.reason} if reply.reason else {})
 
-    teacher = OpenAITeacher(MODEL, url, workers, attempts=6, timeout=120)
+    teacher = OpenAITeacher(MODEL, address.of(MODEL, url), workers, attempts=6, timeout=120)
     counts, _ = append_rows(
         folder / "rows.jsonl", folder / "rows.ledger.jsonl", range(requests), requests, work, teacher, args, "row"
     )

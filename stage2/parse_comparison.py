@@ -210,6 +210,7 @@ def main(args: argparse.Namespace) -> None:
     if args.pointwise and (not args.graded or args.both_orders):
         raise BadInput("--pointwise goes with --graded and shows one passage at a time: there is no order")
     ref, ds = models.resolve(args.model, args.dataset, args.name), download.as_typed(args.dataset)
+    models.check_late(ref, graded=args.graded)
     dataset.ensure(args.dataset)
     source = paths.top(ref.name, args.dataset, args.top_k or 100)
     output = (paths.judgements if args.graded else paths.preferences)(ref.name, args.dataset)

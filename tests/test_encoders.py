@@ -544,14 +544,22 @@ def test_the_old_layout_of_sentence_transformers_is_read(tiny_encoder, copy, tmp
     np.testing.assert_array_equal(Encoder(models.load(ref, "cpu"))(["a set"], "query"), Encoder(model)(["a set"], "query"))
 
 
-def test_an_encoder_of_the_hub_is_looked_at_before_its_weights(tiny_encoder, copy, monkeypatch):
+def pylate(folder):
+    setting(folder, "config_sentence_transformers.json", model_type="ColBERT")
+
+
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    [(splade, "splade-v3 is a sparse encoder"), (pylate, "hf download naver/splade-v3 --local-dir FOLDER, and name it")],
+)
+def test_an_encoder_of_the_hub_is_looked_at_before_its_weights(tiny_encoder, copy, monkeypatch, spoil, said):
     import sentence_transformers.util
 
     folder = copy(tiny_encoder, "other")
-    splade(folder)
+    spoil(folder)
     monkeypatch.setattr(sentence_transformers.util, "load_file_path", lambda where, file: str(folder / file))
     monkeypatch.setattr(sentence_transformers, "SentenceTransformer", lambda *_, **__: pytest.fail("it was loaded"))
-    with pytest.raises(BadInput, match="splade-v3 is a sparse encoder"):
+    with pytest.raises(BadInput, match=said):
         models.load(models.resolve("naver/splade-v3", "tiny"), "cpu")
 
 
@@ -563,6 +571,28 @@ def test_pooling_without_the_prompt_is_refused_with_what_to_do(tiny_encoder, cop
         load(folder)
     setting(folder, "1_Pooling/config.json", include_prompt=True)
     load(folder)
+
+
+def test_a_chat_template_is_no_part_of_an_encoder(folder_of, tmp_path, docstrings):
+    """What is trained on plain texts must not be saved as an encoder of messages."""
+    from sentence_transformers import SentenceTransformer
+
+    chat = tmp_path / "chat"
+    shutil.copytree(folder_of("qwen3"), chat)
+    template = "{% for message in messages %}<s>{{ message['role'] }}: {{ message['content'] }}</s>{% endfor %}"
+    (chat / "chat_template.jinja").write_text(template)
+    texts, plain = [query for _, query, _ in docstrings[:5]], load(folder_of("qwen3"))
+    models.save(load(chat), tmp_path / "saved", "")
+    made = SentenceTransformer(str(tmp_path / "saved"), device="cpu").encode(texts)
+    np.testing.assert_allclose(made, Encoder(plain)(texts, "query"), atol=1e-6)
+
+
+def test_a_length_that_a_checkpoint_cuts_its_vectors_to_is_left_to_dim(tiny_encoder, copy, tmp_path):
+    folder = tmp_path / "short"
+    models.save(load(copy(tiny_encoder, "whole")), folder, "")
+    expected = Encoder(load(folder))(["a set"], "query")
+    setting(folder, "config_sentence_transformers.json", truncate_dim=8)
+    np.testing.assert_array_equal(Encoder(load(folder))(["a set"], "query"), expected)
 
 
 def test_a_bare_checkpoint_says_its_pooling(tiny_encoder, folder_of, copy, capsys):

@@ -141,10 +141,15 @@ class FakeBank:
         self.embeddings = types.SimpleNamespace(rows=lambda positions: vectors[positions])
 
 
-@pytest.mark.parametrize(("regularised", "dim", "doubted"), [(False, 6, False), (True, 6, False), (True, 2, True)])
-def test_the_loss_of_a_batch_is_what_loops_make_of_it(regularised, dim, doubted):
+@pytest.mark.parametrize(
+    ("regularised", "dim", "doubted", "most"),
+    [(False, 6, False, 3), (True, 6, False, 3), (True, 2, True, 3), (False, 6, False, 2)],
+)
+def test_the_loss_of_a_batch_is_what_loops_make_of_it(regularised, dim, doubted, most, monkeypatch):
     """What is compared with the trained embeddings is cut to `dim`; the teachers are not. Of a doubted judge only the known
-    passages are positives, and its other relevant ones are no negatives."""
+    passages are positives, and its other relevant ones are no negatives. Beyond `most` judged passages of a query none is
+    encoded, and a relevant one is no negative all the same."""
+    monkeypatch.setattr(graded, "MOST", most)
     rng = np.random.default_rng(3)
 
     def unit(*shape):
@@ -156,7 +161,7 @@ def test_the_loss_of_a_batch_is_what_loops_make_of_it(regularised, dim, doubted)
         ["a", "b", "c"],
         ["a", "b", "c"],
         np.array([[4, 7, 1], [2, 4, -1], [9, 11, 0]]),
-        np.array([[2.5, 0, 1], [3, 2, 0], [1, 0, 0]], np.float32),
+        np.array([[2.5, 0, 1 if most > 2 else 2], [3, 2, 0], [1, 0, 0]], np.float32),
         np.zeros((3, 3), np.float32),
         known := np.array([7, 4, 5]),  # the last one was not judged
         doubted,
@@ -171,10 +176,12 @@ def test_the_loss_of_a_batch_is_what_loops_make_of_it(regularised, dim, doubted)
     regulariser = spread if regularised else None
     rows = [2, 0, 1]
     # Texts of the batch, in any order: passages 4 and 0 to 11 as they come, then the queries.
-    passages = [9, 4, 11, 0, 7, 1, 2]
+    passages = [9, 4, 11, 0, 7, 1, 2] if most > 2 else [9, 4, 11, 7, 2]
     place = {position: at for at, position in enumerate(passages)}
     embeddings = torch.from_numpy(np.concatenate([unit(len(passages), 6), unit(3, 6)])).double().requires_grad_()
-    labels = torch.tensor([[len(passages) + r, *(place.get(p, -1) for p in judged.positions[r].tolist()), r] for r in rows])
+    labels = torch.tensor(
+        [[len(passages) + r, *(place.get(p, -1) for p in judged.positions[r, :most].tolist()), r] for r in rows]
+    )
     loss = graded.make_loss(args, judged, teacher, FakeBank(start_passages, start_queries, top), regulariser)
     total, parts = losses.at_prefixes(loss, [dim])(embeddings.float(), labels)
 
@@ -185,8 +192,8 @@ def test_the_loss_of_a_batch_is_what_loops_make_of_it(regularised, dim, doubted)
     for r in rows:
         query = made[len(passages) + r]
         own = [(p, float(g)) for p, g in zip(judged.positions[r], judged.grades[r], strict=True) if p >= 0]
-        teach = [g / 0.5 for _, g in own]
-        student = [float(query @ made[place[p]]) / TAU for p, _ in own]
+        teach = [g / 0.5 for _, g in own[:most]]
+        student = [float(query @ made[place[p]]) / TAU for p, _ in own[:most]]
         if len(set(teach)) > 1:
             order.append(
                 -sum(math.exp(t - log_sum_exp(teach)) * (s - log_sum_exp(student)) for t, s in zip(teach, student, strict=True))
@@ -198,16 +205,17 @@ def test_the_loss_of_a_batch_is_what_loops_make_of_it(regularised, dim, doubted)
             (passages, lambda p: made[place[p]], contrast),
             (sorted({*top.ravel().tolist(), *passages}), lambda p: frozen[p], corpus),
         ):
-            if not relevant:
+            there = sorted(relevant & set(candidates))
+            if not there:
                 continue
-            nearest = max(float(start_queries[r] @ start_passages[p]) for p in relevant)
+            nearest = max(float(start_queries[r] @ start_passages[p]) for p in there)
             negatives = [
                 p
                 for p in candidates
                 if p not in relevant | called and (p in seen or float(start_queries[r] @ start_passages[p]) < 0.95 * nearest)
             ]
             against = [float(query @ vector(p)) / TAU for p in negatives]
-            mine = [float(query @ vector(p)) / TAU for p in sorted(relevant)]
+            mine = [float(query @ vector(p)) / TAU for p in there]
             costs.append(mean([log_sum_exp([one, *against]) - one for one in mine]))
         ours += [float(query @ made[place[p]]) / TAU for p in sorted(passages)]
         theirs += [float(start_queries[r] @ start_passages[p]) / TAU for p in sorted(passages)]

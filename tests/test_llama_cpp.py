@@ -22,9 +22,13 @@ GIVEN = ["--llm", "smollm2", "--concurrency", "2", "--max-failure-rate", "1"]  #
 
 @pytest.fixture(autouse=True)
 def proxy(monkeypatch):
-    """No request to a model that runs here may go through one."""
+    """What is meant for other servers is nothing to a model that runs here: no proxy, not even one that the client cannot speak
+    to, and no key, not even one that cannot stand in a header."""
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    monkeypatch.setenv("all_proxy", "socks5://127.0.0.1:9")
     monkeypatch.setenv("no_proxy", "")
+    monkeypatch.setenv("OPENAI_API_KEY", "sk–a b")
+    monkeypatch.setenv("OPENAI_ORG_ID", "an org")
 
 
 @pytest.fixture

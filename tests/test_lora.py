@@ -80,6 +80,7 @@ def test_the_command_saves_both_merged_and_as_an_adapter(request, home, run_scri
     output = home / "output" / f"{base.name}-sft-tiny"
     assert json.loads((output / "run.json").read_text())["options"]["lr"] == 2e-4
     assert not [path for path in models.resolve(f"{base.name}-sft", "tiny").weights if "adapter" in str(path)]
+    assert json.loads((output / "adapter" / "adapter_config.json").read_text())["base_model_name_or_path"] == str(base)
     expected, model = vectors(load(output)), load(base)
     before = vectors(model)
     PeftModel.from_pretrained(model[0].auto_model, str(output / "adapter"))

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -183,3 +184,13 @@ def test_the_report_has_size_and_worth_of_each_length(stage1, home, run_script):
     card = (stage1 / "README.md").read_text()
     assert "8 dimensions" in card
     assert not (home / "results" / f"{SFT}_tiny_test.json").exists()
+
+
+def test_a_length_that_the_second_encoder_lacks_is_said_before_the_first_one_embeds(stage1, tiny_encoder, tmp_path, run_script):
+    from transformers import AutoConfig, AutoModel
+
+    narrow = shutil.copytree(tiny_encoder, tmp_path / "narrow")
+    AutoModel.from_config(AutoConfig.from_pretrained(tiny_encoder, hidden_size=8)).save_pretrained(narrow)
+    code, out, err = run_script("evaluate.py", SFT, narrow, "tiny", "--dim", "32,4", "--device", "cpu")
+    assert (code, "--dim, --dims: 32 is more than the 8 dimensions of narrow" in err) == (2, True), err
+    assert "embed" not in out

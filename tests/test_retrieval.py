@@ -444,7 +444,7 @@ def test_wrong_options_are_found_before_anything_is_encoded(stage1, run_script, 
     assert not (stage1 / "embeddings").exists()
 
 
-def test_a_late_interaction_encoder_has_neither_index_nor_backend(home, tiny_colbert, run_script, monkeypatch):
+def test_what_a_late_interaction_encoder_cannot_do_is_refused_before_it_is_loaded(home, tiny_colbert, run_script, monkeypatch):
     monkeypatch.setattr(models, "load", lambda *a, **k: pytest.fail("a model was loaded"))
     for script, options in (
         ("retrieval.py", ["--index", "Flat"]),
@@ -454,9 +454,12 @@ def test_a_late_interaction_encoder_has_neither_index_nor_backend(home, tiny_col
         ("evaluate.py", ["--dim", "8"]),
         ("train_stage1.py", ["--dims", "16,8", "--loss", "snn"]),
         ("train_stage2.py", ["--dims", "16,8"]),
+        ("train_stage1.py", ["--judgements", "llm"]),
+        ("train_stage2.py", ["--judgements", "both"]),
+        ("stage2/parse_comparison.py", ["--model", tiny_colbert, "--graded", "--llm", "replay"]),
     ):
         options += {"retrieval.py": ["--top-k", "8"], "evaluate.py": ["--ks", "5"]}.get(script, [])
-        code, out, err = run_script(script, tiny_colbert, "tiny", *options)
+        code, out, err = run_script(script, *([] if "--model" in options else [tiny_colbert]), "tiny", *options)
         assert (code, "late-interaction encoder" in err) == (2, True), err
 
 

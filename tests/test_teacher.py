@@ -22,7 +22,7 @@ from llm_server import Answer, LLMServer, default_reply, failure
 
 from syntriever.errors import BadInput
 from syntriever.files import jsonl, paths
-from syntriever.llm import asking, cost
+from syntriever.llm import address, asking, cost
 from syntriever.llm.ledger import Ledger, Reply, Request
 from syntriever.llm.pace import Pace, _seconds
 from syntriever.llm.server import OpenAITeacher
@@ -76,7 +76,7 @@ def ask(server, requests, concurrency=8, attempts=2, **attributes):
     """Replies of a teacher to many requests at once."""
 
     async def ask_all():
-        teacher = OpenAITeacher("judge", server.url, concurrency, attempts, 60)
+        teacher = OpenAITeacher("judge", address.of("judge", server.url), concurrency, attempts, 60)
         vars(teacher).update(attributes)
         async with asyncio.timeout(60):
             asker = asking.Asker(teacher)

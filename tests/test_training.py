@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -544,6 +545,21 @@ def test_an_infinite_gradient_stops_before_the_weights_are_spoilt(home, dropout_
     assert code == 1
     assert "its gradient inf at step 1" in err
     assert not (home / "output" / "e5-small-tiny-sft-tiny").exists()
+
+
+@pytest.mark.parametrize("given", [[], ["--mini-batch-size", "999"]])
+def test_the_advice_for_a_full_memory_makes_the_chunks_smaller(home, dropout_encoder, run_script, monkeypatch, given):
+    """A chunk is also cut by its tokens: half of what was asked for may be what there was."""
+    sizes = []
+
+    def full(model, batch, *_):
+        sizes.append(batch.sizes)
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(loop, "backward", full)
+    code, _, err = run_script("train_stage1.py", dropout_encoder, "tiny", *given, *SHORT)
+    said = int(re.search(r"Pass --mini-batch-size (\d+): the same loss", err)[1])
+    assert (code, said) == (1, sizes[0][0] // 2 if given else sizes[0][0]), err
 
 
 def test_a_length_beyond_the_encoder_is_refused(home, dropout_encoder, run_script):

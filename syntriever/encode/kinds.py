@@ -53,6 +53,12 @@ def check(name: str, find: Callable[[str], str | Path | None]) -> str:
     return place
 
 
+def late(find: Callable[[str], str | Path | None]) -> bool:
+    """Whether it is a late-interaction encoder: ColBERT's, PyLate's or sentence-transformers' format."""
+    kind = content(find("config_sentence_transformers.json")).get("model_type")
+    return kind in ("ColBERT", "MultiVectorEncoder") or content(find("config.json")).get("architectures") == ["HF_ColBERT"]
+
+
 def check_folder(model: str, folder: Path) -> None:
     """`BadInput` where a folder is no encoder of safetensors."""
     root = folder / check(model, lambda name: folder / name)

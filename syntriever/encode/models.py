@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -68,11 +69,7 @@ class ModelRef:
     @property
     def late(self) -> bool:
         """Whether it is a late-interaction encoder: ColBERT's, PyLate's or sentence-transformers' format."""
-        if self.folder is None:
-            return self.where == ALIASES["colbert"][0]
-        said = [kinds.content(self.folder / "config.json").get("architectures")]
-        said.append(kinds.content(self.folder / "config_sentence_transformers.json").get("model_type"))
-        return any(kind in (["HF_ColBERT"], "ColBERT", "MultiVectorEncoder") for kind in said)
+        return kinds.late(lambda file: Path(self.where, file)) if self.folder else self.where == ALIASES["colbert"][0]
 
 
 def is_own(model: str) -> bool:
@@ -118,8 +115,7 @@ def _find(model: str, ds: str, name: str | None) -> ModelRef:
         known = None if paths.run_json(folder).is_file() else prefixes.of_name(folder.name)
         return ModelRef(paths.check_name(name or folder.name, "model"), str(folder), known)
     if re.fullmatch(r"[\w.-]+/[\w.-]+", model):
-        known = dict(ALIASES.values()).get(model)
-        short = model.split("/")[1]
+        short, known = model.split("/")[1], dict(ALIASES.values()).get(model)
         return ModelRef(paths.check_name(name or short.lower(), "model"), model, known or prefixes.of_name(short))
     raise BadInput(
         f"unknown model {model!r}: not a folder, not a Hub id (owner/name), and not one of {', '.join(ALIASES)}, X-sft, X-final"
@@ -135,12 +131,15 @@ def comparable(names: Iterable[str | None], ds: str) -> list[str]:
     return found
 
 
-def check_late(ref: ModelRef, dims: int | Sequence[int] | None, backend: str = "torch") -> None:
+def check_late(ref: ModelRef, dims: int | Sequence[int] | None = None, backend: str = "torch", graded: bool = False) -> None:
     """Refuse what a late-interaction encoder cannot do."""
+    what = f"{ref.name} is a late-interaction encoder, which"
+    if ref.late and graded:
+        raise BadInput(f"{what} learns from gold labels (--loss snn or cluster) and preferences; grades need one vector a text")
     if ref.late and backend not in ("auto", "torch"):
-        raise BadInput(f"--backend {backend}: {ref.name} is a late-interaction encoder, which runs on torch only")
+        raise BadInput(f"--backend {backend}: {what} runs on torch only")
     if ref.late and dims:
-        raise BadInput(f"--dim, --dims: {ref.name} is a late-interaction encoder, whose token vectors are not cut")
+        raise BadInput(f"--dim, --dims: {what} has token vectors; they are not cut")
 
 
 def load(
@@ -165,7 +164,9 @@ def load(
     model: Any
     try:
         if ref.folder is None:
-            kinds.check(ref.name, lambda file: load_file_path(ref.where, file))
+            kinds.check(ref.name, find := functools.partial(load_file_path, ref.where))
+            if kinds.late(find) and not ref.late:
+                raise BadInput(f"late interaction is read from a folder: hf download {ref.where} --local-dir FOLDER, and name it")
         kind: Any = MultiVectorEncoder if ref.late else SentenceTransformer
         how = {"use_safetensors": True, "dtype": torch.float32}
         torch.manual_seed(0)  # what the checkpoint lacks (a pooler that nothing uses) is random: the same each time
@@ -175,16 +176,18 @@ def load(
     except Exception as error:  # whatever the libraries make of a file that is not what it should be
         first = (str(error).strip() or repr(error)).splitlines()[0]
         raise BadInput(f"cannot load {ref.name} from {ref.where} to {device or 'the default device'}: {first}") from error
-    if not ref.late and not any(isinstance(module, Normalize) for module in model):
-        model.append(Normalize())
+    if not ref.late:
+        if not any(isinstance(module, Normalize) for module in model):
+            model.append(Normalize())
+        model.truncate_dim = None  # vectors are whole; --dim cuts them
+        # A decoder with a chat template would be saved as one of messages. It is trained on plain texts.
+        model[0].modality_config = {"text": model[0].modality_config["text"]}
     if not all(getattr(module, "include_prompt", True) for module in model):
-        raise BadInput(
-            f"{ref.name}: its pooling leaves out the prompt (include_prompt false), which is not supported here. Train it "
-            "with the prompt: set include_prompt to true in the config.json of its pooling, in a copy of the folder"
-        )
+        how = "set include_prompt to true in the config.json of its pooling, in a copy of the folder"
+        raise BadInput(f"{ref.name}: its pooling leaves out the prompt, which is not supported here. Train it with it: {how}")
     if dims and max(dims) > (width := model.get_embedding_dimension()):
         raise BadInput(f"--dim, --dims: {max(dims)} is more than the {width} dimensions of {ref.name}; name fewer")
-    if not ref.late and ref.folder and not ref.prefixes and not (ref.folder / "modules.json").is_file():
+    if not ref.late and not ref.prefixes and not load_file_path(ref.where, "modules.json"):
         terminal.say(f"note:  {ref.name} has no modules.json, which would name its pooling; it gets {model[1].pooling_mode}")
     if model.tokenizer.pad_token is None:  # the attention mask hides it
         model.tokenizer.pad_token = model.tokenizer.eos_token or model.tokenizer.unk_token
@@ -225,8 +228,7 @@ def _set_length(model: Any, max_length: int) -> None:
 
 @contextmanager
 def at_length(model: Any, max_length: int | None) -> Iterator[None]:
-    """Let the model read `max_length` tokens of a text (None: as it is), for a while. A late-interaction
-    encoder that pads its queries goes on to do so."""
+    """Let the model read `max_length` tokens of a text (None: as it is), for a while. Query expansion stays as it is."""
     own, own_document = model.max_seq_length, model[0].document_length
     if max_length:
         _set_length(model, max_length)
@@ -286,9 +288,8 @@ def similarity(queries: Tensor, passages: Tensor) -> Tensor:
     masks = [texts.detach().abs().sum(2) > 0 for texts in (queries, passages)]
     # Both may be padded to the longest text of the batch, which is a passage.
     ends = [int(mask.any(0).nonzero().max()) + 1 for mask in masks]
-    (queries, query_mask), (passages, mask) = (
-        (texts[:, :end], mask[:, :end]) for texts, mask, end in zip((queries, passages), masks, ends, strict=True)
-    )
+    both = zip((queries, passages), masks, ends, strict=True)
+    (queries, query_mask), (passages, mask) = ((texts[:, :end], mask[:, :end]) for texts, mask, end in both)
     return maxsim(queries, passages, query_mask, mask, length_normalize=True)
 
 

@@ -16,12 +16,14 @@ NO_KEY = "none"  # what a server gets that wants no key
 
 @dataclass(frozen=True)
 class Address:
-    """`options` are those of the client; `key_name` is the variable of the key; `given` is False for OpenAI itself."""
+    """`options` are those of the client; `key_name` is the variable of the key; `given` is False for OpenAI itself, and `here`
+    is True of a server that this process has started."""
 
     options: dict[str, Any]
     key_name: str = "OPENAI_API_KEY"
     azure: bool = False
     given: bool = True
+    here: bool = False
 
 
 def of(model: str, base_url: str | None) -> Address:
@@ -42,6 +44,11 @@ def of(model: str, base_url: str | None) -> Address:
     if key and "api-version" in query:  # Azure under its plain address
         options["default_headers"] = {"api-key": key}
     return Address(options | {"api_key": key or NO_KEY, "base_url": url, "default_query": query}, given=bool(base_url))
+
+
+def local(url: str) -> Address:
+    """Of a server that this process has started: no variable for another one, no key and no proxy, is for it."""
+    return Address({"api_key": NO_KEY, "organization": "", "project": "", "base_url": url}, here=True)
 
 
 def _azure(endpoint: str, key: str | None, token: str | None) -> dict[str, Any]:

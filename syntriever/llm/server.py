@@ -46,21 +46,22 @@ class OpenAITeacher:
 
     live = True
 
-    def __init__(self, model: str, base_url: str | None, concurrency: int, attempts: int, timeout: float) -> None:
+    def __init__(self, model: str, at: address.Address, concurrency: int, attempts: int, timeout: float) -> None:
         import httpx2
         import openai
 
-        self._address = address.of(model, base_url)
+        self._address = at
         # Retries are ours: one pause for all workers, and every attempt counted. A connection for each
         # worker stays open, where the client's default keeps 100; a client looks through all of its own at
         # every request, so that several with few each take a fraction of the time of one with many.
         limits = httpx2.Limits(max_connections=None, max_keepalive_connections=concurrency)
         patience = httpx2.Timeout(timeout, connect=min(timeout, 15.0))
+        how: dict[str, Any] = {"limits": limits, "timeout": patience, "trust_env": not at.here}
         self.azure, self.options = self._address.azure, {**self._address.options, "max_retries": 0, "timeout": patience}
         client: Any = openai.AsyncAzureOpenAI if self.azure else openai.AsyncOpenAI
         try:
             self._clients = [
-                client(**self.options, http_client=openai.DefaultAsyncHttpxClient(limits=limits, timeout=patience))
+                client(**self.options, http_client=openai.DefaultAsyncHttpxClient(**how))
                 for _ in range(math.ceil(concurrency / 64))
             ]
         except (ImportError, ValueError, httpx2.InvalidURL) as error:
@@ -112,8 +113,11 @@ class OpenAITeacher:
     @property
     def where(self) -> str:
         """The server as messages name it, with the proxy on the way."""
-        proxy = address.proxy_of(self.base_url)
-        return f"the server at {address.shown(self.base_url)}" + (f", asked through {proxy}," if proxy else "")
+        return f"the server at {address.shown(self.base_url)}" + (f", asked through {self.proxy}," if self.proxy else "")
+
+    @property
+    def proxy(self) -> str:
+        return "" if self._address.here else address.proxy_of(self.base_url)
 
     def _stop(self, error: BadInput | Failed) -> BadInput | Failed:
         self._stopped = error
@@ -207,10 +211,9 @@ class OpenAITeacher:
 
         cause = error.__cause__
         words = refusals.spoken(str(cause or error) or type(cause).__name__, self._keys)
-        proxy = address.proxy_of(self.base_url)
-        if proxy and not self.proven and isinstance(cause, httpx2.ConnectError | httpx2.ConnectTimeout | httpx2.ProxyError):
+        if self.proxy and not self.proven and isinstance(cause, httpx2.ConnectError | httpx2.ConnectTimeout | httpx2.ProxyError):
             how = "correct it, unset it, or name the server in NO_PROXY"
-            raise self._stop(BadInput(f"{proxy} does not answer, or lets nothing through ({words}): {how}"))
+            raise self._stop(BadInput(f"{self.proxy} does not answer, or lets nothing through ({words}): {how}"))
         return Refusal("timeout" if isinstance(error, openai.APITimeoutError) else "connection", words)
 
     def fatal(self, refusal: Refusal) -> BadInput | Failed | None:
@@ -221,7 +224,7 @@ class OpenAITeacher:
                 f"{self.model}: the account's quota or credit is used up, or it is closed; add credit and run again{said}"
             )
         if refusal.reason == "proxy":
-            return BadInput(f"{address.proxy_of(self.base_url) or 'the proxy'} wants a name and a password{said}")
+            return BadInput(f"{self.proxy or 'the proxy'} wants a name and a password{said}")
         if refusal.reason == "no_access":
             name = self._address.key_name
             key = f"refused the key in {name}, or what it may do" if self._keys else f"wants the key of an account, in {name}"

@@ -27,7 +27,7 @@ from syntriever.train import bank, batching, checkpoint, frozen, journal, loop, 
 from syntriever.train.candidates import ABSENT
 
 GOLD = 3.0  # grade of a gold passage (`--judgements both`)
-MOST = 32  # judged passages of a query at most, the best ones
+MOST = 32  # judged passages of a query that teach an order and are encoded at each step, the best ones
 
 # How much the teacher trusts the judge beside the starting encoder: weights of a grade that are tried.
 WEIGHTS = (0.0, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0)
@@ -41,7 +41,7 @@ class Judged:
 
     texts: list[str]
     names: list[str]  # query ids
-    positions: np.ndarray  # (Q, K) int64 of the passages, -1 where there are fewer
+    positions: np.ndarray  # (Q, K) int64 of the passages, the best first, -1 where there are fewer
     grades: np.ndarray  # (Q, K) float32
     signal: np.ndarray  # (Q, K) float32: the judge's log-odds where it gave some, else the grades
     known: np.ndarray  # (Q,) int64: the passage that a generated query was written from, -1 where there is none
@@ -114,11 +114,11 @@ def load(source: Path, train: training.Training, corpus: Corpus, gold: bool, hol
 def _table(
     names: list[str], found: dict[str, dict[int, tuple[float, float]]], train: training.Training, known: dict[str, int]
 ) -> Judged:
-    width = min(MOST, max((len(found[query]) for query in names), default=1))
+    width = max((len(found[query]) for query in names), default=1)
     positions = np.full((len(names), width), -1, np.int64)
     grades, signal = (np.zeros((len(names), width), np.float32) for _ in range(2))
     for row, query in enumerate(names):
-        best = sorted(found[query].items(), key=lambda item: (-item[1][0], -item[1][1], item[0]))[:width]
+        best = sorted(found[query].items(), key=lambda item: (-item[1][0], -item[1][1], item[0]))
         for column, (position, judged) in enumerate(best):
             positions[row, column], (grades[row, column], signal[row, column]) = position, judged
     sources = np.array([known.get(query, -1) for query in names], np.int64)
@@ -196,7 +196,7 @@ def make_loss(
         texts = places[there].unique()
         columns = torch.searchsorted(texts, places.clamp(min=int(texts[0])))
         positions = np.empty(len(texts), np.int64)
-        positions[columns[there].cpu().numpy()] = judged.positions[rows][there.cpu().numpy()]
+        positions[columns[there].cpu().numpy()] = judged.positions[rows][:, :MOST][there.cpu().numpy()]
         start = torch.from_numpy(np.asarray(looks_at.views[rows])).to(device)
 
         def compared(positions: np.ndarray) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
@@ -217,7 +217,7 @@ def make_loss(
         scores = models.similarity(query, embeddings[texts]) / args.temperature
         by_position = scores[:, torch.from_numpy(order).to(device)]
         own = scores.gather(1, columns)
-        given = (torch.from_numpy(table[rows]).to(device) for table in (teacher, judged.grades))
+        given = (torch.from_numpy(table[rows][:, :MOST]).to(device) for table in (teacher, judged.grades))
         parts = {"order": losses.ORDERS[args.loss](own, *given, there)}
         parts["contrast"] = losses.graded_contrast(by_position, *masks)
         # Of the corpus: what is near to a query, as the starting encoder embeds it.
@@ -268,7 +268,7 @@ def train(
         teacher = judged.grades / args.grade_temperature if weight is None else start + weight * judged.signal
 
         def sample(number: int) -> batching.Row:
-            passages = (("document", corpus.text(p)) if p >= 0 else None for p in judged.positions[number].tolist())
+            passages = (("document", corpus.text(p)) if p >= 0 else None for p in judged.positions[number, :MOST].tolist())
             return [("query", judged.texts[number]), *passages], [number]
 
         def batches(epoch: int) -> list[list[int]]:

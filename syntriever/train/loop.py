@@ -230,7 +230,7 @@ def train(
                 message = f"the loss is {error} at step {step + 1}; its queries are in {paths.shown(bad)}. Lower --lr"
                 raise Failed(message) from None
             except torch.OutOfMemoryError:
-                smaller = max(1, (args.mini_batch_size or 2 * batch.sizes[0]) // 2)
+                smaller = max(1, batch.sizes[0] // (2 if args.mini_batch_size else 1))
                 message = f"out of memory at step {step + 1} ({sum(batch.sizes)} texts)"
                 raise Failed(f"{message}. Pass --mini-batch-size {smaller}: the same loss in less memory") from None
             optimizer.step()
@@ -255,7 +255,8 @@ def train(
     draw(journal.rows, work / "loss.png", title)
     if adapters:
         if args.save_adapter:
-            adapters.peft_config["default"].base_model_name_or_path = args.model  # as it was typed, not where it lies here
+            known, _ = models.ALIASES.get(args.model, (args.model, None))
+            adapters.peft_config["default"].base_model_name_or_path = known  # not where it lies here
             adapters.save_pretrained(str(work / "adapter"), save_embedding_layers=False)
         adapters.merge_and_unload()
     models.save(model, work, card(title, args, journal, models.is_late(model)))
