@@ -183,8 +183,8 @@ def load(
         # A decoder with a chat template would be saved as one of messages. It is trained on plain texts.
         model[0].modality_config = {"text": model[0].modality_config["text"]}
     if not all(getattr(module, "include_prompt", True) for module in model):
-        how = "set include_prompt to true in the config.json of its pooling, in a copy of the folder"
-        raise BadInput(f"{ref.name}: its pooling leaves out the prompt, which is not supported here. Train it with it: {how}")
+        remedy = "set include_prompt to true in the config.json of its pooling, in a copy of the folder"
+        raise BadInput(f"{ref.name}: its pooling leaves out the prompt, which is not supported here. Train it with it: {remedy}")
     if dims and max(dims) > (width := model.get_embedding_dimension()):
         raise BadInput(f"--dim, --dims: {max(dims)} is more than the {width} dimensions of {ref.name}; name fewer")
     if not ref.late and not ref.prefixes and not load_file_path(ref.where, "modules.json"):
