@@ -131,11 +131,11 @@ def main(args: argparse.Namespace) -> None:
     smallest = min((data.corpus for data in inputs), key=len)
     most = cli.at_most("--ks", max(wanted) if args.ks else None, max(wanted), len(smallest), paths.shown(smallest.path))
     ks = tuple(sorted({min(k, most) for k in wanted}))
-    if checkpoint and processes.rank() == 0:
+    if checkpoint and processes.rank() == 0 and not args.dry_run:
         hub.create(args.push_to_hub)
     device = processes.start(args.device)
-    if args.dim or args.max_length:  # what one encoder cannot do is said before another has embedded anything
-        for ref in {ref.where: ref for ref in refs.values()}.values():
+    for ref in {ref.where: ref for ref in refs.values()}.values():  # what is wrong is said before another has embedded anything
+        if args.dim or args.max_length or not ref.folder:
             models.load(ref, "cpu", args.max_length, args.dim)
     cuts = args.dim[::-1] if args.dim else [None]
     entries = [(model, dim) for model in args.models for dim in (cuts if model != "bm25" else [None])]

@@ -25,6 +25,7 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))
 
 from syntriever.data import dataset, download, training
 from syntriever.data.corpus import Corpus, normal
+from syntriever.data.training import plain
 from syntriever.encode import bm25
 from syntriever.errors import BadInput, Failed
 from syntriever.files import jsonl, paths
@@ -69,7 +70,7 @@ WORD = re.compile(rf"[\w{bm25.MARKS}]+")
 COPIED = f"copy {COPIED_WORDS} or more words in a row of their passage"
 PARROTED = f"copy {COPIED_WORDS} or more words in a row of the prompt"
 SPOKEN_OF = "speak of their passage, which whoever asks has not seen"
-JUDGED = "equal a query of dev or test"
+JUDGED = "equal a query of dev or test, or one that is kept for a test"
 THERE = "equal a query of queries.jsonl"
 REPEATED = "equal another one of their passage"
 
@@ -89,11 +90,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def words(text: str) -> list[str]:
     """The words of a text in lower case, without punctuation; in scripts without blanks, each two neighbouring characters."""
     return WORD.findall(bm25.segmented(text.casefold()))
-
-
-def plain(query: str) -> str:
-    """What queries that count as equal have in common."""
-    return normal(query).casefold().rstrip(" ?.!")
 
 
 def copies(query: str, passage: str) -> bool:
@@ -133,13 +129,16 @@ def known_queries(ds: str) -> tuple[dict[str, str], list[Path]]:
     if not path.is_file():
         return {}, []
     texts = dataset.load_queries(ds)
-    judged = {query for split in splits if split.stem != "train" for query in dataset.load_qrels(ds, split.stem)}
+    labels = {split.stem: dataset.load_qrels(ds, split.stem) for split in splits}
+    tests = {query for split, judged in labels.items() if split != "train" for query in judged}
+    log = texts.keys() - {query for judged in labels.values() for query in judged}
+    tests |= {query for query in log if training.is_reserved(ds, normal(texts[query]))}
     known = dict.fromkeys(map(plain, texts.values()), THERE)
-    return known | {plain(texts[query]): JUDGED for query in judged & texts.keys()}, [path, *splits]
+    return known | {plain(texts[query]): JUDGED for query in tests & texts.keys()}, [path, *splits]
 
 
 def load_examples(path: Path, known: dict[str, str]) -> list[str]:
-    """The queries of a text or JSONL file, each once, without those that dev or test judges. Raises `BadInput`."""
+    """The queries of a text or JSONL file, each once, without those of a test. Raises `BadInput`."""
     with jsonl.opened(path) as file:
         lines = file.read().removeprefix(b"\xef\xbb\xbf").split(b"\n")
     found: dict[str, None] = {}
@@ -157,7 +156,7 @@ def load_examples(path: Path, known: dict[str, str]) -> list[str]:
         found[normal(text)] = None
     examples = [text for text in found if text and known.get(plain(text)) != JUDGED]
     if held := sum(known.get(plain(text)) == JUDGED for text in found):
-        terminal.say(f"note:  {held:,} of the examples are queries of dev or test; they are not shown")
+        terminal.say(f"note:  {held:,} of the examples are queries of dev or test, or kept for a test; they are not shown")
     if not examples:
         raise BadInput(f"--examples {path}: no query that may be shown is in it")
     return examples

@@ -122,7 +122,7 @@ def main(args: argparse.Namespace) -> None:
     cli.check_positive(args, "limit")
     prompts = load_prompts(args.prompts)
     train = training.load(args.dataset, args.queries, strict=args.strict)
-    queries = train.queries
+    queries, forced = train.queries, lineage.check_fresh(train.files, args.force)
     wanted = [query for query in queries if query not in train.gold or max(train.gold[query].values()) >= 1]
     random.Random(args.seed).shuffle(wanted)
     wanted = wanted[: args.limit]
@@ -136,7 +136,7 @@ def main(args: argparse.Namespace) -> None:
         return {"query_id": query_id, "query": queries[query_id], **row, "llm": teacher.model}
 
     with processes.lock(output, args.dry_run), processes.lock(ledger, args.dry_run):
-        record = lineage.Record(args)
+        record = lineage.Record(args, forced)
         record.reads(*train.files)
         done = jsonl.Seen()
         if record.resumes(output, settings, args.force, args.dry_run):

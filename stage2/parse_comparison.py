@@ -224,6 +224,9 @@ def main(args: argparse.Namespace) -> None:
     # Read before anything is paid, for the report at the end.
     corpus = Corpus(args.dataset)
     train = training.load(args.dataset, args.queries, say=False)
+    if others := [query for query in chosen if query not in train.queries]:
+        which = f"{len(others):,} queries, {others[0]!r} among them, are not of those that train ({', '.join(train.kinds)})"
+        raise BadInput(f"{paths.shown(source)}: {which}. Name those that it was retrieved for: --queries")
     gold = dataset.by_text({query: train.queries[query] for query in train.gold}, train.gold, corpus)
     teacher = teachers.make_teacher(args.dataset, output, args)
     ledger = args.ledger or paths.comparison_ledger(args.dataset)

@@ -91,7 +91,7 @@ def state_of(output: Path, stale: dict[str, str]) -> tuple[str, str, str]:
     record = lineage.load_record(output)
     if record is None:
         return "fresh", "your own file: not made by a stage", ""
-    command = terminal.command(*record["command"])
+    command = lineage.remedy(record)
     problems = lineage.problems_of(output, record)
     if problems:
         return "stale", problems[0].removeprefix(f"{paths.shown(output)} is stale: "), command

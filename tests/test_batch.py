@@ -144,6 +144,17 @@ def test_comparison_is_as_live(run, finish):
     assert not left()
 
 
+def test_what_is_out_in_a_batch_is_not_paid_for_live_as_well(run, finish):
+    with LLMServer(batch_polls=0) as server:
+        run(server, SYNTHESIS, "--batch", code=75)
+        assert "tiny_synthetic.batches.json: requests are out in batches" in run(server, SYNTHESIS, code=2)
+        run(server, SYNTHESIS, "--dry-run")
+        finish(server)
+        run(server, SYNTHESIS)  # nothing is out, and nothing is left to ask
+        assert each_once(server)
+    assert len(synthetic()) == 12
+
+
 def test_state_unknown_to_us_is_waited_for(run):
     with LLMServer() as server:
         run(server, SYNTHESIS, "--batch", code=75)

@@ -225,7 +225,12 @@ def test_what_is_dropped_is_counted_and_no_query_of_dev_or_test_is_written_again
     assert "2 of the new queries were dropped: they equal a query of queries.jsonl" in printed
     assert "1 of the new queries were dropped: they equal another one of their passage" in printed
     assert "1 of the new queries were dropped: they copy 7 or more words in a row of their passage" in printed
-    assert lineage.load_record(paths.generated("tiny"))["results"]["queries_dropped"]["equal a query of dev or test"] == 2
+    assert (
+        lineage.load_record(paths.generated("tiny"))["results"]["queries_dropped"][
+            "equal a query of dev or test, or one that is kept for a test"
+        ]
+        == 2
+    )
     paths.qrels("tiny", "judged").write_text("q4\tp00\t1\n")  # made by an LLM later, of queries that are there
     with LLMServer(four) as server:
         run(server, GENERATION)
@@ -340,7 +345,9 @@ def test_examples_are_shown_in_their_style_and_none_of_test(ports, run, name):
     lines = [json.dumps({"text" if n % 2 else "query": text, "n": n}) for n, text in enumerate(texts)]
     file.write_text("\ufeff" + "\r\n".join(["", *(lines if name.endswith("l") else texts), "log  entry 8"]), "utf-8")
     with LLMServer(four) as server:
-        assert "1 of the examples are queries of dev or test; they are not shown" in run(server, GENERATION, "--examples", file)
+        assert "1 of the examples are queries of dev or test, or kept for a test; they are not shown" in run(
+            server, GENERATION, "--examples", file
+        )
         drawn = {name_of(body): examples_in(body) for body in server.requests}
         assert all(len(set(shown)) == len(shown) == 6 for shown in drawn.values())
         assert {text for shown in drawn.values() for text in shown} == set(texts) - {"log entry 3"}
@@ -351,8 +358,25 @@ def test_examples_are_shown_in_their_style_and_none_of_test(ports, run, name):
         run(server, GENERATION, "--examples", file, "--force")
         assert {tuple(sorted(examples_in(body))) for body in server.requests} == {("one", "two")}
         server.requests.clear()
+        assert f"{paths.shown(file)} was" in run(server, GENERATION, code=2)
         run(server, GENERATION, "--force")
+    assert server.requests
     assert not any(map(examples_in, server.requests))
+
+
+def test_examples_leave_out_the_tenth_of_the_log_that_is_kept_for_a_test(ports, run):
+    texts = [f"log entry {n}" for n in range(40)]
+    write_jsonl(paths.queries("tiny"), [{"_id": f"q{n}", "text": text} for n, text in enumerate(texts)])
+    kept = set(training.reserved("tiny").values())
+    file = ports / "log.txt"
+    file.write_text("\n".join(texts))
+    with LLMServer(four) as server:
+        said = run(server, GENERATION, "--examples", file)
+        shown = {text for body in server.requests for text in examples_in(body)}
+    assert f"{len(kept)} of the examples are queries of dev or test, or kept for a test" in said
+    assert 0 < len(kept) < 10
+    assert shown
+    assert not shown & kept
 
 
 BAD = {

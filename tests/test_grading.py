@@ -411,6 +411,17 @@ def test_a_source_that_is_gone_is_named_before_anything_is_paid(lab, run):
     assert not server.requests
 
 
+def test_a_query_that_does_not_train_is_named_before_anything_is_paid(lab, run):
+    write_jsonl(paths.generated("tiny"), [{"query_id": "g-1", "query": "about topic 11", "kind": "typed", "passage_id": "p05"}])
+    found = [{"id": i, "score": 1.0} for i in ("p00", "p01")]
+    write_jsonl(paths.top("e5", "tiny"), [{"query_id": "g-1", "query": "about topic 11", "passages": found}])
+    with LLMServer(reply=good) as server:
+        for graded in ([], ["--graded"]):
+            said = run(server, COMPARISON, *graded, "--k", "2", code=2)
+            assert "1 queries, 'g-1' among them, are not of those that train (gold)" in said
+    assert not server.requests
+
+
 def test_a_reply_that_is_cut_off_names_the_option_that_helps(lab, run):
     retrieve()
     with LLMServer(reply=lambda body: {"content": "1: 3", "finish_reason": "length"}) as server:

@@ -255,7 +255,7 @@ def test_failures_of_a_later_run_are_measured_against_all_requests(notes, judged
 @pytest.mark.parametrize("queries", [*training.KINDS, "all", None])
 def test_no_judged_query_trains(notes, judged, queries):
     """Not under its id, its text or its source, whichever queries train."""
-    log = [{"_id": f"q{n}", "text": f"Which is  topic {n:02}?" if n < 8 else f"What of topic {n}?"} for n in range(30)]
+    log = [{"_id": f"q{n}", "text": f"WHICH is  topic {n:02}?" if n < 8 else f"What of topic {n}?"} for n in range(30)]
     write_jsonl(paths.queries("notes"), log)
     with LLMServer(reply=grader) as server:
         judged(server, "bm25")
@@ -267,7 +267,52 @@ def test_no_judged_query_trains(notes, judged, queries):
     train = training.load("notes", queries)
     assert train.queries
     assert not found.keys() & train.queries.keys()
-    assert not {" ".join(text.split()) for text in kept.values()} & {" ".join(text.split()) for text in train.queries.values()}
+    said = [{" ".join(text.casefold().split()) for text in texts.values()} for texts in (kept, train.queries)]
+    assert not said[0] & said[1]
+
+
+def test_more_queries_and_another_text_of_one_keep_the_grades_of_the_others(notes, judged):
+    with LLMServer(reply=grader) as server:
+        judged(server, "bm25")
+        before, written = dataset.load_qrels("notes", "judged"), rows(paths.generated("notes"))
+        (changed, topic), *_ = ((row, int(row["query_id"][1:])) for row in written if row["query_id"] in before)
+        changed["query"] = f"And which one is topic {topic:02}?"
+        write_jsonl(paths.generated("notes"), written)
+        write_jsonl(
+            paths.queries("notes"), [{"_id": "q1", "text": "Where is topic 05?"}, {"_id": "q2", "text": "What of topic 06?"}]
+        )
+        server.requests.clear()
+        judged(server, "bm25")
+        new = {query for query in training.load("notes", "all").reserved if query not in before}
+        asked = {shown(prompt_of(body))[0] for body in server.requests}
+    assert topic in asked
+    assert asked <= {topic, *({5} if "q1" in new else {}), *({6} if "q2" in new else {})}
+    assert dataset.load_qrels("notes", "judged").keys() == before.keys() | new
+
+
+def test_limits_are_of_one_dataset(notes, judged):
+    for path in (paths.corpus, paths.generated):
+        path("more").parent.mkdir(parents=True, exist_ok=True)
+        path("more").write_bytes(path("notes").read_bytes())
+    for limit in ("--max-requests", "--max-cost"):
+        said = judged(None, "more", "bm25", limit, "5", "--llm", "gpt-4o", "--base-url", "http://127.0.0.1:9/v1", code=2)
+        assert "are limits for one dataset" in said
+
+
+@pytest.mark.parametrize(("complete", "why", "anew"), [(False, "is unfinished", False), (True, "is stale: ", True)])
+def test_queries_that_are_stale_or_not_all_there_are_refused_before_anything_is_paid(
+    notes, judged, run_script, complete, why, anew
+):
+    inputs = {} if not complete else {"datasets/notes/corpus.jsonl": {"size": 1, "mtime_ns": 1, "sha256": "0"}}
+    record = {"command": ["datasets/generate_queries.py", "notes"], "complete": complete, "options": {}, "inputs": inputs}
+    paths.run_json(paths.generated("notes")).write_text(json.dumps(record | {"settings": {"llm": "judge"}}))
+    with LLMServer(reply=grader) as server:
+        said = judged(server, "bm25", code=2)
+        _, _, err = run_script("datasets/parse_synthetic.py", "notes", "--llm", "judge", "--base-url", server.url)
+        assert not server.requests
+    for words in (said, err):
+        assert f"datasets/notes_generated.jsonl {why}" in words
+        assert ("datasets/generate_queries.py notes --force" in words) == anew
 
 
 def test_test_queries_where_there_are_some_and_a_file_of_ones_own_is_kept(lab, judged):

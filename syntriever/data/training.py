@@ -40,6 +40,16 @@ class Training:
         return fold(self.sources.get(query) or normal(self.queries[query])) == HELD_OUT
 
 
+def plain(query: str) -> str:
+    """What queries that count as equal have in common."""
+    return normal(query).casefold().rstrip(" ?.!")
+
+
+def is_reserved(ds: str, text: str) -> bool:
+    """Whether a query without judgements, by its text or the passage that it was written from, is kept from training."""
+    return fold(text) == TEST and not paths.qrels(ds, "test").is_file()
+
+
 def fold(text: str) -> int:
     return int(hashlib.sha256(text.encode()).hexdigest(), 16) % FOLDS
 
@@ -113,7 +123,7 @@ def _add_unjudged(made: Training, ds: str, kinds: tuple[str, ...]) -> None:
     texts = dataset.load_queries(ds) if paths.queries(ds).is_file() else {}
     splits = gold_splits(ds)
     judged = {query for path in splits for query in dataset.load_qrels(ds, path.stem)}
-    taken = {normal(texts[query]) for query in judged & texts.keys()}
+    taken = {plain(texts[query]) for query in judged & texts.keys()}
     found: list[tuple[str, Path, Iterable[tuple[str, str, str]]]] = []
     if texts:
         found.append(("log", paths.queries(ds), ((q, text, "") for q, text in texts.items() if q not in judged)))
@@ -126,10 +136,10 @@ def _add_unjudged(made: Training, ds: str, kinds: tuple[str, ...]) -> None:
         for query, text, source in queries:
             if query in made.queries or query in made.reserved or query in judged:
                 raise BadInput(f"{paths.shown(path)}: query id {query!r} is that of another query of {ds}")
-            if (plain := normal(text)) in taken:
+            if (same := plain(text)) in taken:
                 continue
-            taken.add(plain)
-            test = fold(source or plain) == TEST and not paths.qrels(ds, "test").is_file()
+            taken.add(same)
+            test = is_reserved(ds, source or normal(text))
             if test or kind in kinds:
                 (made.reserved if test else made.queries)[query] = text
                 if source:

@@ -124,8 +124,7 @@ class BatchTeacher:
 
     def collect(self, ledger: Ledger, meter: Meter) -> None:
         """Put the replies of every finished batch into the ledger. Raises `Waiting` while one runs."""
-        if self._state.is_file():
-            self._batches = self._load()
+        self._batches = entries_of(self._state)
         known = set(map(self._input, self._batches))
         for left in self._output.parent.glob(f"{self._output.stem}.batch-*.jsonl"):
             if left not in known:  # an interrupted run had not submitted it
@@ -161,16 +160,6 @@ class BatchTeacher:
                     raise
                 self._client.base_url = self._teacher.base_url
                 return self._client.batches.retrieve(batch_id)
-
-    def _load(self) -> list[Entry]:
-        try:
-            entries = json.loads(self._state.read_bytes())["batches"]
-            types = [[type(entry[name]) for name in ("number", "input_file_id", "id")] for entry in entries]
-            if all(number is int and {file_id, batch_id} <= {str, type(None)} for number, file_id, batch_id in types):
-                return entries
-        except (ValueError, KeyError, TypeError):
-            pass
-        raise BadInput(f"{paths.shown(self._state)}: not the state of batches; restore it, or remove it to ask anew")
 
     def _take(self, batch: Any, path: Path, ledger: Ledger, meter: Meter) -> None:
         """Account for every request of one batch: in the ledger, or left to be asked again."""
@@ -258,6 +247,20 @@ class BatchTeacher:
         except (openai.APIError, httpx2.HTTPError) as error:  # the latter from the middle of a download
             where = f"the Batch API of {self._teacher.where} cannot be reached"
             raise Failed(f"{where} ({type(error).__name__}); nothing is lost, run again") from None
+
+
+def entries_of(state: Path) -> list[Entry]:
+    """The batches that are not collected yet, by a state file."""
+    if not state.is_file():
+        return []
+    try:
+        entries: list[Entry] = json.loads(state.read_bytes())["batches"]
+        types = [[type(entry[name]) for name in ("number", "input_file_id", "id")] for entry in entries]
+        if all(number is int and {file_id, batch_id} <= {str, type(None)} for number, file_id, batch_id in types):
+            return entries
+    except (ValueError, KeyError, TypeError):
+        pass
+    raise BadInput(f"{paths.shown(state)}: not the state of batches; restore it, or remove it to ask anew")
 
 
 def _request(custom_id: str, body: dict[str, Any]) -> Request:

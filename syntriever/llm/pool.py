@@ -85,6 +85,8 @@ class Pool:
 
     def __init__(self, ds: str, corpus: Corpus, args: argparse.Namespace) -> None:
         """Find the queries: those of the test split, else those that are kept from training. Raises `BadInput`."""
+        if len(args.datasets) > 1 and (args.max_cost is not None or args.max_requests is not None):
+            raise BadInput("--max-cost and --max-requests are limits for one dataset; name one at a time")
         args = argparse.Namespace(**vars(args))  # who judges this dataset is noted there, and says nothing of another
         self.ds, self.corpus, self.args = ds, corpus, args
         self.output, self.qrels = paths.judged(ds), paths.qrels(ds, SPLIT)
@@ -110,8 +112,13 @@ class Pool:
         else:
             self._teacher = self._make_teacher()  # what it lacks shows before the encoding
             self.llm = self._teacher.model
-        if self.llm == "replay":
-            self.files += filter(Path.is_file, paths.recordings(paths.recorded(ds))[1:])
+        recorded = list(filter(Path.is_file, paths.recordings(paths.recorded(ds))[1:])) if self.llm == "replay" else []
+        self._record = lineage.Record(args, lineage.check_fresh(self.files, args.force))
+        self._record.reads(corpus.path, *recorded)
+        self._settings = {"llm": self.llm, "seed": args.seed, **grading.settings(False, args.pointwise)}
+        if (changed := self._record.differs(self.output, self._settings)) and not (args.force or args.dry_run):
+            raise BadInput(f"{changed}.\nPass --force to start anew; replies that are in the ledger are not paid again")
+        self.files += recorded
 
     def _make_teacher(self) -> asking.Teacher:
         teacher = teachers.make_teacher(self.ds, self.output, self.args)
@@ -123,10 +130,9 @@ class Pool:
         args, corpus, pool = self.args, self.corpus, pooled(runs.values(), self.corpus)
         ledger = args.ledger or paths.judged_ledger(self.ds)
         with processes.lock(self.output, args.dry_run), processes.lock(ledger, args.dry_run):
-            record = lineage.Record(args)
-            record.reads(corpus.path, *self.files)
-            settings = {"llm": self.llm, "seed": args.seed, **grading.settings(False, args.pointwise)}
-            resumed = record.resumes(self.output, settings, args.force, args.dry_run)
+            record = self._record
+            resumed = record.resumes(self.output, self._settings, args.force, args.dry_run)
+            record.reads(*self.files)
             before = list(self._rows()) if resumed else []
             known = grades_of(before)
             todo, results = list(portions(pool, known, 1 if args.pointwise else PER_REQUEST)), dict[str, Any]()
@@ -145,7 +151,7 @@ class Pool:
                     texts = {passage: corpus.by_id(passage) for passage in passages}
                     limit, pointwise = args.verdict_max_tokens, args.pointwise
                     row = await grading.grade(asker, self.queries[query], texts, args.seed, limit, pointwise=pointwise)
-                    return {"query_id": query, **row, "llm": self.llm}
+                    return {"query_id": query, "query": self.queries[query], **row, "llm": self.llm}
 
                 counts, used = append_rows(self.output, ledger, todo, len(todo), work, teacher, args, unit="request")
                 results = {**counts, **used}
@@ -158,8 +164,9 @@ class Pool:
             return self._write(grades_of(self._rows()) if todo else known, runs)
 
     def _rows(self) -> Iterator[jsonl.Row]:
-        """One of every request."""
-        return jsonl.read(self.output, {"query_id": str, "grades": dict}, torn=self.args.dry_run)
+        """One of every request, of the queries as they are now."""
+        rows = jsonl.read(self.output, {"query_id": str, "query": str, "grades": dict}, torn=self.args.dry_run)
+        return (row for row in rows if self.queries.get(row["query_id"]) == row["query"])
 
     def _write(self, known: dict[str, dict[str, float]], runs: Runs) -> Judgements:
         """Write the judgements and their record. All passages with one text have the grade of the first."""

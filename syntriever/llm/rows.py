@@ -17,7 +17,7 @@ from typing import Any
 from syntriever.errors import BadInput, Failed
 from syntriever.files import jsonl, paths
 from syntriever.llm import asking, cost
-from syntriever.llm.batch_api import BatchTeacher
+from syntriever.llm.batch_api import BatchTeacher, entries_of
 from syntriever.llm.ledger import Ledger
 from syntriever.run import terminal
 
@@ -83,8 +83,12 @@ def append_rows(
         if args.dry_run:
             terminal.say("estimate: recorded answers cost nothing")
     else:
+        state = paths.batches(output)
+        if not args.batch and not args.dry_run and any(entry["id"] for entry in entries_of(state)):
+            how = "collect them first, with --batch, or remove that file to ask anew"
+            raise BadInput(f"{paths.shown(state)}: requests are out in batches, and would be paid for twice; {how}")
         # What failed in the batches of an earlier run has been tried again: that is their result.
-        retry = args.retry_failed and not (args.batch and paths.batches(output).is_file())
+        retry = args.retry_failed and not (args.batch and state.is_file())
         ledger = Ledger(ledger_path, retry, read_only=args.dry_run)
         price, spent = cost.price_of(teacher.model, args.batch), ledger.used(teacher.model)
         meter = cost.Meter(price, args.max_requests, args.max_cost, spent)

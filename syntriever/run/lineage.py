@@ -52,6 +52,18 @@ class Record:
                 "made_with": _made_with(path),
             }
 
+    def differs(self, output: Path, settings: dict[str, Any]) -> str:
+        """What of the `settings` and of the hashes of what was read is not as it was when `output` was made, or nothing."""
+        self.settings = settings | {name: read["sha256"][:12] for name, read in self.inputs.items()}
+        if not output.is_file() or not output.stat().st_size:
+            return ""
+        was = (load_record(output) or {}).get("settings")
+        if was is None:
+            return f"{paths.shown(output)} was not made by this script (no {paths.run_json(output).name} beside it)"
+        pairs = ((name, was.get(name), self.settings.get(name)) for name in {**was, **self.settings})
+        changed = "; ".join(f"{name} was {then!r} and is now {now!r}" for name, then, now in pairs if then != now)
+        return f"{paths.shown(output)} was made with other settings: {changed}" if changed else ""
+
     def resumes(self, output: Path, settings: dict[str, Any], force: bool, dry_run: bool = False) -> bool:
         """Whether `output` exists and can be appended to: it was made under the same `settings`.
 
@@ -59,18 +71,11 @@ class Record:
         (`reads`) count as changed settings. From here on until `write`, the output is unfinished;
         with `dry_run` nothing is touched, and it is as if forced.
         """
-        self.settings = settings | {name: read["sha256"][:12] for name, read in self.inputs.items()}
         resumed = output.is_file() and output.stat().st_size > 0
+        message = self.differs(output, settings)
         if resumed:
             if not dry_run:
                 jsonl.mend(output)
-            was = (load_record(output) or {}).get("settings")
-            if was is None:
-                message = f"{paths.shown(output)} was not made by this script (no {paths.run_json(output).name} beside it)"
-            else:
-                pairs = ((name, was.get(name), now) for name, now in self.settings.items())
-                changed = "; ".join(f"{name} was {then!r} and is now {now!r}" for name, then, now in pairs if then != now)
-                message = f"{paths.shown(output)} was made with other settings: {changed}" if changed else ""
             names = itertools.chain([f"{output.name}.old"], (f"{output.name}.old{n}" for n in itertools.count(2)))
             aside = next(path for path in map(output.with_name, names) if not path.exists())
             if message and not (force or dry_run):
@@ -81,7 +86,7 @@ class Record:
                 terminal.say(f"note:  {message}; " + ("--force starts anew" if dry_run else f"it is kept as {aside.name}"))
                 if not dry_run:
                     output.rename(aside)
-                    if was is not None:
+                    if paths.run_json(output).is_file():
                         paths.run_json(output).rename(paths.run_json(aside))
         if not dry_run:
             self.write(output, complete=False)
@@ -166,11 +171,17 @@ def check_fresh(outputs: Iterable[Path], force: bool, seen: set[Path] | None = N
         seen.add(paths.run_json(output))
         for problem in problems_of(output, record):
             if not force:
-                raise BadInput(f"{problem}.\nRun again: {terminal.command(*record['command'])}   (or pass --force to go on)")
+                raise BadInput(f"{problem}.\nRun again: {remedy(record)}   (or pass --force to go on)")
             terminal.say(f"warning: {problem}; going on because of --force")
             forced.append(problem)
         forced += check_fresh((paths.home() / name for name in record["inputs"]), force, seen)
     return forced
+
+
+def remedy(record: dict[str, Any]) -> str:
+    """The command that makes an output anew. To a stage that appends to its output, changed inputs are other settings."""
+    anew = ["--force"] if record["complete"] and record["settings"] and "--force" not in record["command"] else []
+    return terminal.command(*record["command"], *anew)
 
 
 def problems_of(output: Path, record: dict[str, Any]) -> list[str]:

@@ -157,7 +157,8 @@ class Journal:
         gain = np.array([self.best_values[query] - self.last[query] for query in self.last])
         error = gain.std(ddof=1) / len(gain) ** 0.5 if len(gain) > 1 else np.inf
         if gain.mean() <= error * (1 + 1e-9) and (self.averaged or self.best_epoch != epoch):
-            terminal.say(f"note:  {self.best_name} is better by {gain.mean():.4f}, within a standard error: the last epoch stays")
+            how = f"better by {gain.mean():.4f}, within a standard error" if gain.any() else "just as good"
+            terminal.say(f"note:  {self.best_name} is {how}: the last epoch stays")
             self._keep(model, self.last, epoch)
 
     def _best_file(self) -> Path:
