@@ -711,7 +711,7 @@ def test_the_report_counts_what_loops_count(both_orders):
     gold = {f"q{n}": {p: rng.choice([0, 1]) for p in rng.sample(passages, 5)} for n in range(40)}
     found = report.report([*made, {"query_id": "z", "reason": "unparsable"}], gold, ranked.get, lambda row: (10, 2.5), 2)
     assert found["outcomes"] == {"graded": 60, "unparsable": 1}
-    every = Counter(min(3, int(g + 0.5)) for row in made for g in row["grades"].values())
+    every = Counter(math.floor(g) for row in made for g in row["grades"].values())
     assert {int(g): of["count"] for g, of in found["grades"].items()} == dict(sorted(every.items()))
     for rank in range(k):
         of_rank = [r["grades"][ranked[r["query_id"]][rank]] for r in made if ranked[r["query_id"]][rank] in r["grades"]]

@@ -43,7 +43,8 @@ def report(
     rows, in `gold`, and in what `ranked` gives: those retrieved for a query, best first. `in_pairs` tells the requests and
     prompt tokens that a row's passages take in pairs. A grade of `relevant` or more is a relevant one.
 
-    - grades: passages by grade, rounded. by_rank: their mean grade at each rank of retrieval.
+    - grades: passages by grade, rounded down, so that those from `relevant` on are the relevant ones. by_rank: their mean grade
+      at each rank of retrieval.
     - nothing: share of the queries without a relevant passage.
     - by_place: mean grade at each place in a request. first_half: mean grade of the first half of the places less that of the
       second, over the queries: 0 where position plays no role. Where both orders were asked, both count.
@@ -71,7 +72,7 @@ def report(
         if "reason" in row:
             continue
         grades = row["grades"]
-        counts.update(math.floor(grade + 0.5) for grade in grades.values())
+        counts.update(map(int, grades.values()))
         nothing += all(grade < relevant for grade in grades.values())
         for rank, passage in enumerate(ranked(row["query_id"])):
             if passage in grades:
