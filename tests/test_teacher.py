@@ -417,6 +417,18 @@ def listing(folder):
     return {path: path.is_file() and (path.read_bytes(), path.stat().st_mtime_ns) for path in folder.rglob("*")}
 
 
+@pytest.mark.parametrize("more", [[], ["--batch"]])
+@pytest.mark.parametrize("script", [SYNTHESIS, COMPARISON])
+def test_the_price_of_an_api_is_known_without_its_key(lab, run_script, monkeypatch, script, more):
+    retrieve()
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    given = [script, "tiny", "--llm", "judge", *(["--model", "e5"] if script == COMPARISON else []), *more]
+    code, out, err = run_script(*given, "--dry-run")
+    assert (code, "prices of" in out) == (0, True), err
+    code, out, err = run_script(*given)
+    assert (code, "OPENAI_API_KEY is not set" in err) == (2, True), err
+
+
 @pytest.mark.parametrize("script", [SYNTHESIS, COMPARISON])
 def test_dry_run_writes_and_sends_nothing(lab, run, script):
     retrieve()

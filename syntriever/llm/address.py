@@ -26,8 +26,9 @@ class Address:
     here: bool = False
 
 
-def of(model: str, base_url: str | None) -> Address:
-    """The server that `--base-url` or the environment names; `BadInput` where an address or a key is none."""
+def of(model: str, base_url: str | None, asks: bool = True) -> Address:
+    """The server that `--base-url` or the environment names; `BadInput` where an address or a key is none. Who does not ask it
+    (`--dry-run`) needs no key."""
     name = "--base-url" if base_url else "OPENAI_BASE_URL"
     base_url = (base_url or os.environ.get("OPENAI_BASE_URL") or "").strip()
     endpoint, key = os.environ.get("AZURE_OPENAI_ENDPOINT", "").strip(), _secret("OPENAI_API_KEY")
@@ -36,7 +37,7 @@ def of(model: str, base_url: str | None) -> Address:
         azure, token = _secret("AZURE_OPENAI_API_KEY"), _secret("AZURE_OPENAI_AD_TOKEN")
         if azure or token or not key:
             return Address(options | _azure(endpoint, azure, token), "AZURE_OPENAI_API_KEY", azure=True)
-    if not key and not base_url:
+    if not key and not base_url and asks:
         raise BadInput(
             f"--llm {model}: OPENAI_API_KEY is not set. Set it, or point --base-url at a local server, or use --llm gguf:FILE"
         )

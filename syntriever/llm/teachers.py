@@ -49,7 +49,9 @@ def make_teacher(ds: str, output: Path, args: argparse.Namespace) -> Teacher:
         return llama.LlamaTeacher(name, args.concurrency or llama.SLOTS, args.attempts)
     if args.max_cost is not None and not cost.price_of(name, args.batch):
         raise BadInput(f"--max-cost: {cost.PRICES.name} lists no price for {name}; add it there ({cost.PRICES})")
-    teacher = OpenAITeacher(name, address.of(name, args.base_url), args.concurrency or CONCURRENCY, args.attempts, args.timeout)
+    teacher = OpenAITeacher(
+        name, address.of(name, args.base_url, not args.dry_run), args.concurrency or CONCURRENCY, args.attempts, args.timeout
+    )
     return BatchTeacher(teacher, output) if args.batch else teacher
 
 
