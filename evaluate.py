@@ -134,8 +134,9 @@ def main(args: argparse.Namespace) -> None:
     if checkpoint and processes.rank() == 0 and not args.dry_run:
         hub.create(args.push_to_hub)
     device = processes.start(args.device)
-    for ref in {ref.where: ref for ref in refs.values()}.values():  # what is wrong is said before another has embedded anything
-        if args.dim or args.max_length or not ref.folder:
+    different = {ref.where: ref for ref in refs.values()}
+    for ref in different.values():  # what is wrong with one is said before another has embedded anything
+        if len(different) > 1 and (args.dim or args.max_length or not ref.folder):
             models.load(ref, "cpu", args.max_length, args.dim)
     cuts = args.dim[::-1] if args.dim else [None]
     entries = [(model, dim) for model in args.models for dim in (cuts if model != "bm25" else [None])]

@@ -481,7 +481,8 @@ def test_the_last_epoch_stays_within_a_standard_error(judge, home, tiny_encoder,
     scores = iter([start, dict.fromkeys("abcd", 0.5), dict.fromkeys("abcd", 0.2)])
     monkeypatch.setattr(journal.DevScore, "__call__", lambda self, model: next(scores))
     out = run_stage1(run_script, tiny_encoder, "--epochs", "1")
-    assert ("the last epoch stays" in out) == (kept == 1 and sum(gains) >= 0)
+    assert ("within a standard error: the last epoch stays" in out) == (kept == 1 and sum(gains) > 0)
+    assert ("just as good: the last epoch stays" in out) == (not any(gains))
     record = json.loads((paths.model_output(f"{SFT}-tiny") / "run.json").read_text())
     assert record["results"]["best_epoch"] == kept
     assert record["results"]["dev_ndcg_at_10"] == pytest.approx(0.5 if kept else 0.575)
