@@ -56,7 +56,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     what = f"with --split {pool.SPLIT}: a request a passage, yes or no, for a small judge (needs logprobs)"
     parser.add_argument("--pointwise", action="store_true", help=what)
     teachers.add_options(parser, pool.MAX_TOKENS, f"the judge of --split {pool.SPLIT}")
-    args = parser.parse_args(argv)
+    args = parser.parse_intermixed_args(argv)
     names = list(dict.fromkeys(map(download.named, args.names)))
     args.datasets = [name for name in names if name not in models.ALIASES and "/" not in name and dataset.is_dataset(name)]
     args.models = [name for name in names if name not in args.datasets]

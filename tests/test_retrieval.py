@@ -556,7 +556,7 @@ def test_paired_test_of_a_known_case():
 
 
 def test_evaluate_writes_measures_run_and_picture(stage1, home, tiny_encoder, run_script):
-    code, out, err = run_script("evaluate.py", "bm25", str(tiny_encoder), SFT, "tiny", "--ks", "1,5,10", "--device", "cpu")
+    code, out, err = run_script("evaluate.py", "bm25", str(tiny_encoder), SFT, "--ks", "1,5,10", "tiny", "--device", "cpu")
     assert code == 0, err
     for name in ("bm25", "e5-small-tiny", SFT):
         result = json.loads((home / "results" / f"{name}_tiny_test.json").read_text())

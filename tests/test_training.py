@@ -562,6 +562,23 @@ def test_the_advice_for_a_full_memory_makes_the_chunks_smaller(home, dropout_enc
     assert (code, said) == (1, sizes[0][0] // 2 if given else sizes[0][0]), err
 
 
+def test_bfloat16_on_a_cpu(home, dropout_encoder, run_script):
+    """The same steps to the few digits that bfloat16 has; float32 weights."""
+    found = []
+    for more in ([], ["--bf16"]):
+        code, _, err = run_script("train_stage1.py", dropout_encoder, "tiny", *SHORT, *more, "--force")
+        assert code == 0, err
+        output = home / "output" / "e5-small-tiny-sft-tiny"
+        losses = [row["loss"] for row in map(json.loads, (output / "log.jsonl").read_text().splitlines()) if "loss" in row]
+        found.append((losses, load_file(output / "model.safetensors")))
+    (plain, weights), (half, other) = found
+    assert half != plain
+    assert half == pytest.approx(plain, rel=0.02)
+    for name, tensor in weights.items():
+        assert other[name].dtype == torch.float32
+        torch.testing.assert_close(other[name], tensor, rtol=0, atol=0.02)
+
+
 def test_a_length_beyond_the_encoder_is_refused(home, dropout_encoder, run_script):
     code, _, err = run_script("train_stage1.py", dropout_encoder, "tiny", "--max-length", "999")
     assert code == 2

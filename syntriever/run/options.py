@@ -54,6 +54,8 @@ def add_training_options(parser: argparse.ArgumentParser, *, epochs: float, batc
     group.add_argument("--resume", action="store_true", help="go on where an interrupted run stopped")
     cli.number(group, "--save-minutes", float, 15, "minutes between checkpoints, beside epochs")
     group.add_argument("--compile", action="store_true", help="compile the encoder (pays on a GPU, for long runs)")
+    what = "bfloat16 in the forward pass on a CPU, too, as on a GPU (pays on one with AMX)"
+    group.add_argument("--bf16", action="store_true", help=what)
     cli.number(group, "--seed", int, 42, "seed of order and dropout")
     _add_common_options(group)
 

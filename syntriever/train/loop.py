@@ -162,7 +162,7 @@ def train(
         shutil.rmtree(work, ignore_errors=True)
         work.mkdir(parents=True)
     cuda = model.device.type == "cuda"
-    bf16 = cuda and torch.cuda.is_bf16_supported(including_emulation=False)
+    bf16 = args.bf16 or (cuda and torch.cuda.is_bf16_supported(including_emulation=False))
     cached = args.mini_batch_size is not None
     if args.dims:
         if max(args.dims) < (width := model.get_embedding_dimension()):
