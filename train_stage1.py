@@ -229,10 +229,9 @@ def train(args: argparse.Namespace, ref: models.ModelRef, source: Path | None, o
     beside = f"{complete} of them with synthetic texts beside the gold passage"
     terminal.say(f"read   {len(rows)} training rows of {args.dataset}, {beside}")
     resume = checkpoint.find(output, record, args)
-    device = processes.start(args.device)
     from syntriever.train import bank, batching, frozen, journal, loop
 
-    model = models.load(ref, device, dims=args.dims)
+    model = models.load(ref, processes.start(args.device), dims=args.dims)
     first = dataset.first_queries(queries)  # queries with the same text are one
     names = [first[query] for query, _ in rows]
     numbers = {query: number for number, query in enumerate(dict.fromkeys(names))}

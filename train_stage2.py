@@ -240,10 +240,9 @@ def train(args: argparse.Namespace, ref: models.ModelRef, source: Path, output: 
     )
 
     resume = checkpoint.find(output, record, args)
-    device = processes.start(args.device)
     from syntriever.train import batching, frozen, journal, loop
 
-    model = models.load(ref, device, dims=args.dims)
+    model = models.load(ref, processes.start(args.device), dims=args.dims)
     with frozen.folder(output) as folder:
         reference = None
         if args.beta:

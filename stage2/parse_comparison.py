@@ -108,25 +108,6 @@ def request_for(pair: Pair, query: str, first: str, second: str, max_tokens: int
     return Request("compare", (query, pair.first, pair.second), prompt, TEMPERATURE, max_tokens, VERDICTS)
 
 
-async def compare(asker: asking.Asker, pair: Pair, query: str, corpus: Corpus, both_orders: bool, max_tokens: int) -> jsonl.Row:
-    """{"query_id", "preferred_id", "rejected_id", ...}, or a "reason" why there is no preference."""
-    orders = [pair, Pair(pair.query_id, pair.second, pair.first)] if both_orders else [pair]
-    requests = [request_for(p, query, corpus.by_id(p.first), corpus.by_id(p.second), max_tokens) for p in orders]
-    replies = await asker.ask_all(requests)
-    row = {"query_id": pair.query_id, "shown": [pair.first, pair.second], "verdicts": [reply.text for reply in replies]}
-    for reply in replies:
-        if reply.reason:
-            return {**row, **reply.failure()}
-    # The winner of each order, or None for a tie.
-    winners = {{"1": p.first, "2": p.second, "tie": None}[reply.text] for p, reply in zip(orders, replies, strict=True)}
-    winner = winners.pop()
-    if winners:
-        return {**row, "reason": "disagreement"}
-    if winner is None:
-        return {**row, "reason": "tie"}
-    return {"preferred_id": winner, "rejected_id": pair.second if winner == pair.first else pair.first, **row}
-
-
 class Pairwise:
     """Compares passages of a query in pairs: one row a pair."""
 
@@ -151,7 +132,23 @@ class Pairwise:
         return str(Pair(row["query_id"], *row["shown"]))
 
     async def judge(self, asker: asking.Asker, item: Pair, query: str) -> jsonl.Row:
-        return await compare(asker, item, query, self._corpus, self._args.both_orders, self._args.verdict_max_tokens)
+        """{"query_id", "preferred_id", "rejected_id", ...}, or a "reason" why there is no preference."""
+        orders = [item, Pair(item.query_id, item.second, item.first)] if self._args.both_orders else [item]
+        limit, text = self._args.verdict_max_tokens, self._corpus.by_id
+        requests = [request_for(p, query, text(p.first), text(p.second), limit) for p in orders]
+        replies = await asker.ask_all(requests)
+        row = {"query_id": item.query_id, "shown": [item.first, item.second], "verdicts": [reply.text for reply in replies]}
+        for reply in replies:
+            if reply.reason:
+                return {**row, **reply.failure()}
+        # The winner of each order, or None for a tie.
+        winners = {{"1": p.first, "2": p.second, "tie": None}[reply.text] for p, reply in zip(orders, replies, strict=True)}
+        winner = winners.pop()
+        if winners:
+            return {**row, "reason": "disagreement"}
+        if winner is None:
+            return {**row, "reason": "tie"}
+        return {"preferred_id": winner, "rejected_id": item.second if winner == item.first else item.first, **row}
 
 
 def load_top(path: Path, k: int | None, limit: int | None, seed: int) -> tuple[jsonl.Table, list[str]]:

@@ -125,7 +125,7 @@ def request_for(query: str, ids: Sequence[str], texts: Sequence[str], max_tokens
     texts = [cut(text) for text in texts]
     fence = asking.fence(query, *texts)
     listed = "\n\n".join(f"Passage {number}:\n<{fence}>\n{text}\n</{fence}>" for number, text in enumerate(texts, 1))
-    prompt = asking.fill(PROMPT, query=query, fence=fence, passages=listed) + _grammar(len(ids))
+    prompt = asking.fill(PROMPT, query=query, fence=fence, passages=listed) + asking.fill(GRAMMAR, count=str(len(ids)))
     fields = tuple(str(number) for number in range(1, len(ids) + 1))
     limit = max_tokens + TOKENS_A_GRADE * len(ids)
     return Request("grade", (query, *ids), prompt, TEMPERATURE, limit, usable=lambda text: parse(text, len(ids)), fields=fields)
@@ -148,10 +148,6 @@ def requests_for(
     return [request_for(query, ids, [texts[passage] for passage in ids], max_tokens) for ids in orders]
 
 
-def _grammar(count: int) -> str:
-    return asking.fill(GRAMMAR, count=str(count))
-
-
 async def grade(
     asker: asking.Asker,
     query: str,
@@ -169,11 +165,13 @@ async def grade(
         return {"grades": grades, "shown": [], "not_recorded": len(texts) - len(grades)} if grades else {"reason": "not_recorded"}
     shown = order_shown(query, list(texts), seed)
     requests = requests_for(query, texts, shown, max_tokens, both_orders, pointwise)
-    replies = await asker.ask_all(requests, "" if pointwise else _grammar(len(shown)))
+    replies = await asker.ask_all(requests, "" if pointwise else asking.fill(GRAMMAR, count=str(len(shown))))
     tokens = {name: sum(getattr(reply, name) for reply in replies) for name in ("prompt_tokens", "completion_tokens")}
     for reply in replies:
         if reply.reason:
-            return {"shown": shown, "replies": [reply.text for reply in replies], **_failure(reply)}
+            made = reply.failure()
+            made["message"] = made["message"].replace(" --max-tokens", " --verdict-max-tokens")  # the limit is that of verdicts
+            return {"shown": shown, "replies": [reply.text for reply in replies], **made}
     if pointwise:
         return {**_by_odds(dict(zip(shown, replies, strict=True)), list(texts)), "shown": shown, **tokens}
     raw = [parse(reply.text, len(shown)) or [] for reply in replies]
@@ -189,9 +187,3 @@ def _by_odds(replies: dict[str, Reply], ids: list[str]) -> dict[str, Any]:
     odds = {passage: round(replies[passage].log_odds or 0.0, 4) for passage in ids}
     grades = {passage: round(GRADES[-1] / (1 + math.exp(-value)), 4) for passage, value in odds.items()}
     return {"grades": grades, "log_odds": odds}
-
-
-def _failure(reply: Reply) -> dict[str, Any]:
-    """What the row of a failure says; that the limit of its tokens is that of verdicts."""
-    made = reply.failure()
-    return {**made, "message": made["message"].replace(" --max-tokens", " --verdict-max-tokens")}

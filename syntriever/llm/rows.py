@@ -97,7 +97,11 @@ def append_rows(
         rest = iter(items)
         sample = list(itertools.islice(rest, SAMPLE))
         items = itertools.chain(sample, rest)
-        estimate(sample, total, work, teacher.model, ledger, price, args.max_cost)
+        if sample:  # what the rows take at most: the work on a sample of them, with imagined replies
+            imagined = cost.Imagined(teacher.model, ledger, price)
+            imagining = asking.Asker(imagined, ledger)
+            work_through(sample, lambda item: work(imagining, item), imagined)
+            cost.say_estimate(imagined, len(sample), total, args.max_cost)
     counts: Counter[str] = Counter()
     if args.dry_run:
         return counts, {}
@@ -146,24 +150,6 @@ def append_rows(
     if isinstance(teacher, BatchTeacher):
         teacher.submit()
     return counts, meter.results() | ({"replies_with_thoughts": asker.thoughtful} if asker.thoughtful else {})
-
-
-def estimate(
-    sample: list[asking.T],
-    total: int,
-    work: Callable[[asking.Asker, asking.T], Awaitable[Made]],
-    model: str,
-    ledger: Ledger,
-    price: cost.Price | None,
-    max_cost: float | None,
-) -> None:
-    """Print what the rows take at most: `work` on a sample of them, with imagined replies."""
-    if not sample:
-        return
-    imagined = cost.Imagined(model, ledger, price)
-    asker = asking.Asker(imagined, ledger)
-    work_through(sample, lambda item: work(asker, item), imagined)
-    cost.say_estimate(imagined, len(sample), total, max_cost)
 
 
 def check_failures(counts: Counter[str], done: int, output: Path, limit: float) -> None:

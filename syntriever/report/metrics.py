@@ -24,28 +24,18 @@ def evaluate(qrels: Qrels, run: Run, ks: tuple[int, ...] = KS) -> Measures:
 
     cuts = ",".join(map(str, ks))
     names = {"nDCG": "ndcg_cut", "MAP": "map_cut", "Recall": "recall", "P": "P"}
-    judged = {query: run.get(query) or {} for query in qrels}
-    found = {query: scores for query, scores in judged.items() if scores}
+    found = {query: run[query] for query in qrels if run.get(query)}
     graded = {query: {passage: max(grade, 0) for passage, grade in of_query.items()} for query, of_query in qrels.items()}
-    evaluator = pytrec_eval.RelevanceEvaluator(graded, {f"{name}.{cuts}" for name in names.values()})
-    values = evaluator.evaluate(found) if found else {}
+    wanted = {*(f"{name}.{cuts}" for name in names.values()), "recip_rank"}
+    values = pytrec_eval.RelevanceEvaluator(graded, wanted).evaluate(found) if found else {}
     measures = {
         f"{label}@{k}": {query: values.get(query, {}).get(f"{name}_{k}", 0.0) for query in qrels}
         for label, name in names.items()
         for k in ks
     }
-    ranked = {query: _trec_order(scores) for query, scores in judged.items()}
-    for k in ks:
-        measures[f"MRR@{k}"] = {
-            query: next((1 / rank for rank, p in enumerate(ranked[query][:k], 1) if qrels[query].get(p, 0) > 0), 0.0)
-            for query in qrels
-        }
-    return measures
-
-
-def _trec_order(scores: dict[str, float]) -> list[str]:
-    """Passages best first; trec_eval breaks ties by descending id and reads scores as 32-bit floats."""
-    return sorted(scores, key=lambda p: (np.float32(scores[p]), p), reverse=True)
+    # trec_eval's has no cut-off: it is 1 / rank of the first relevant passage, and counts where that rank is at most k.
+    first = {query: values.get(query, {}).get("recip_rank", 0.0) for query in qrels}
+    return measures | {f"MRR@{k}": {query: rr if rr > 1 / (k + 0.5) else 0.0 for query, rr in first.items()} for k in ks}
 
 
 def trec_id(text: str) -> str:

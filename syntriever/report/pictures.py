@@ -13,19 +13,13 @@ from syntriever.report.metrics import Measures
 @contextmanager
 def picture(path: Path, title: str, columns: int, size: tuple[float, float], **layout: Any) -> Iterator[Any]:
     """Axes to draw on; `size` in inches. The file is written when the block ends well."""
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, axes = plt.subplots(1, columns, figsize=size, constrained_layout=True, **layout)
-    try:
-        yield axes
-        figure.suptitle(title)
-        with jsonl.atomic(path) as file:
-            figure.savefig(file, dpi=110, format="png")
-    finally:
-        plt.close(figure)
+    figure = Figure(figsize=size, layout="constrained")
+    yield figure.subplots(1, columns, **layout)
+    figure.suptitle(title)
+    with jsonl.atomic(path) as file:
+        figure.savefig(file, dpi=110, format="png")
 
 
 def compare(table: dict[str, Measures], ks: tuple[int, ...], name: str, path: Path, title: str) -> None:
