@@ -51,13 +51,14 @@ def dataset(home: Path, name: str, passages: dict[str, str], queries: dict[str, 
 
 
 def fill(home: Path) -> None:
-    """`small`: the queries with recorded texts. `large`: 1,024 queries; the recorded texts go round."""
+    """`small`: the queries with recorded texts; `few`: 64 of them. `large`: 1,024 queries; the recorded texts go round."""
     pairs = common.pydocs()
     passages = {name: passage for name, _, passage in pairs}
     everyone = {f"q-{name}": (query, name) for name, query, _ in pairs}
     texts = {row["query_id"]: row for row in jsonl.read(RECORDED / "synthesis.jsonl") if row["query_id"] in everyone}
-    dataset(home, "small", passages, {query: everyone[query] for query in texts})
-    write(home / "datasets" / "small_synthetic.jsonl", texts.values())
+    for name, number in (("small", len(texts)), ("few", 64)):
+        dataset(home, name, passages, {query: everyone[query] for query in list(texts)[:number]})
+        write(home / "datasets" / f"{name}_synthetic.jsonl", texts.values())
     some = dict(itertools.islice(everyone.items(), 1024))
     dataset(home, "large", passages, some)
     rows = zip(some, itertools.cycle(texts.values()))
@@ -219,10 +220,13 @@ def memory(home: Path) -> dict[str, Any]:
 
 
 def lora(home: Path, model: str) -> dict[str, Any]:
-    """Peak memory and time of a step of 8 rows: full training, the same in bfloat16, and adapters of rank 16."""
+    """Peak memory and time of a step of 8 rows: full training, the same in bfloat16, and adapters of rank 16, each of the
+    first and the last also with gradient caching."""
     found: dict[str, Any] = {"model": model}
-    for name, options in (("full", []), ("full_bf16", ["--bf16"]), ("lora", ["--lora", "16"])):
-        run = stage1(home, "small", "--batch-size", "8", "--epochs", str(STEPS * 8 / 256), *options, model=model)
+    adapters = ["--lora", "16"]
+    runs = {"full": [], "full_bf16": ["--bf16"], "lora": adapters, "full_cached": CACHED, "lora_cached": [*adapters, *CACHED]}
+    for name, options in runs.items():
+        run = stage1(home, "few", "--batch-size", "8", "--epochs", "0.5", *options, model=model)
         found |= {f"{name}_s_per_step": run["seconds_per_step"], f"{name}_mib": run["peak_mib"]}
         print(f"lora: {model} {name} {run['seconds_per_step']:.2f} s a step, {run['peak_mib']:.0f} MiB", flush=True)
     return found | {"ratio": found["full_mib"] / found["lora_mib"]}
