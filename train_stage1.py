@@ -35,7 +35,8 @@ if TYPE_CHECKING:
 # ------------------------------------------------------------------- edit here: the losses
 # They take (B, D) embeddings of query, gold passage, positive, cot and negative, a (B,) bool
 # `verified`, and a (B, 3) bool `present` for positive, cot, negative. Scores are cos / temperature;
-# of (B, T, D) token embeddings, mean MaxSim / temperature (`models.similarity`).
+# of (B, T, D) token embeddings, mean MaxSim / temperature (`models.similarity`). Training calls what
+# `LOSSES` names, on scores.
 
 
 def soft_nearest_neighbor_loss(

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from syntriever.train.loop import LossFunction
 
 # ------------------------------------------------------------------- edit here: the losses
+# Training calls what `LOSSES` names, and `kl_of`, on scores.
 
 
 def partial_plackett_luce_loss(query: Tensor, preferred: Tensor, rejected: Tensor, temperature: float = 0.05) -> Tensor:
