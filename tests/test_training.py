@@ -439,11 +439,11 @@ def test_stage2_resumes_to_the_same_weights(home, docstrings, dropout_encoder, r
     assert digest(output) == calm
 
 
-@pytest.mark.parametrize("loss", [[], ["--loss", "distill", "--candidates", "8"], ["--lora", "4", "--lr", "1e-3"]])
-def test_two_processes_train_the_weights_of_one(two_homes, dropout_encoder, loss):
+@pytest.mark.parametrize("more", [["--candidates", "8"], ["--lora", "4", "--lr", "1e-3"]])
+def test_two_processes_train_the_weights_of_one(two_homes, dropout_encoder, more):
     """The real command under torchrun: one checkpoint, the same weights to rounding."""
     alone, both = two_homes
-    script = [str(ROOT / "train_stage1.py"), str(dropout_encoder), *OPTIONS, *loss]
+    script = [str(ROOT / "train_stage1.py"), str(dropout_encoder), *OPTIONS, *more]
     launch = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
     found = []
     for home, command in ((alone, script), (both, [*launch, *script])):
