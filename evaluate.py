@@ -256,8 +256,7 @@ def measure(
     means = {name: metrics.mean(values) for name, values in measures.items()}
     dim = encoder.get("cut_to")
     name, judges = shown(args, ref, model, dim), data.judgements
-    silent = sum(not hits.get(query) for query in qrels)
-    if silent:
+    if silent := sum(not hits.get(query) for query in qrels):
         terminal.say(f"note:  {silent:,} of {len(qrels):,} queries have no result by {name} and count 0")
     main = tables.main_of(ks)
     tests = {other: metrics.paired_test(measures[main], values[main]) for other, values in before.items()}

@@ -125,7 +125,7 @@ def request_for(query: str, ids: Sequence[str], texts: Sequence[str], max_tokens
     texts = [cut(text) for text in texts]
     fence = asking.fence(query, *texts)
     listed = "\n\n".join(f"Passage {number}:\n<{fence}>\n{text}\n</{fence}>" for number, text in enumerate(texts, 1))
-    prompt = asking.fill(PROMPT, query=query, fence=fence, passages=listed) + asking.fill(GRAMMAR, count=str(len(ids)))
+    prompt = asking.fill(PROMPT, query=query, fence=fence, passages=listed) + _grammar(len(ids))
     fields = tuple(str(number) for number in range(1, len(ids) + 1))
     limit = max_tokens + TOKENS_A_GRADE * len(ids)
     return Request("grade", (query, *ids), prompt, TEMPERATURE, limit, usable=lambda text: parse(text, len(ids)), fields=fields)
@@ -148,6 +148,10 @@ def requests_for(
     return [request_for(query, ids, [texts[passage] for passage in ids], max_tokens) for ids in orders]
 
 
+def _grammar(count: int) -> str:
+    return asking.fill(GRAMMAR, count=str(count))
+
+
 async def grade(
     asker: asking.Asker,
     query: str,
@@ -165,7 +169,7 @@ async def grade(
         return {"grades": grades, "shown": [], "not_recorded": len(texts) - len(grades)} if grades else {"reason": "not_recorded"}
     shown = order_shown(query, list(texts), seed)
     requests = requests_for(query, texts, shown, max_tokens, both_orders, pointwise)
-    replies = await asker.ask_all(requests, "" if pointwise else asking.fill(GRAMMAR, count=str(len(shown))))
+    replies = await asker.ask_all(requests, "" if pointwise else _grammar(len(shown)))
     tokens = {name: sum(getattr(reply, name) for reply in replies) for name in ("prompt_tokens", "completion_tokens")}
     for reply in replies:
         if reply.reason:
