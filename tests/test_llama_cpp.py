@@ -66,8 +66,9 @@ def test_synthesis_and_comparison_and_nothing_is_asked_twice(home, docstrings, r
     code, out, err = run_script(*compare)
     assert code == 0, err
     report = json.loads(paths.report(paths.preferences("minilm", "tiny"), ".json").read_text())
-    # The schema holds the model to a verdict: none is unparsable.
+    # The grammar holds the model to a verdict, which is a word and no more: none is unparsable.
     assert sum(report["outcomes"].get(name, 0) for name in ("decided", "tie")) == 3
+    assert {row["text"] for row in ledger(paths.comparison_ledger("tiny"))} <= {"1", "2", "tie"}
 
     no_server()
     for again in (command, [*command, "--dry-run", "--limit", "2"], compare):

@@ -12,6 +12,7 @@ import sys
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from syntriever.data import download
 from syntriever.errors import BadInput, Failed
@@ -93,6 +94,16 @@ def start(file: Path, slots: int) -> tuple[subprocess.Popen[str], str]:
     raise BadInput(f"llama.cpp cannot load {file} for {slots} requests at once (fewer, --concurrency, need less memory): {words}")
 
 
+class _Server(OpenAITeacher):
+    """llama.cpp's own server holds a reply to a grammar: a verdict is a word, where as JSON it is twelve tokens."""
+
+    def body(self, request: Request, without: frozenset[str] = frozenset()) -> dict[str, Any]:
+        body = super().body(request, without)
+        if request.choices and body.pop("response_format", None):
+            body["grammar"] = "root ::= " + " | ".join(f'"{choice}"' for choice in request.choices)
+        return body
+
+
 class LlamaTeacher:
     """Starts its server at the first request that has to be asked. `slots` are answered at once."""
 
@@ -125,7 +136,7 @@ class LlamaTeacher:
     def _start(self) -> None:
         file = self._file or assembled(paths.cached(f"{QWEN}.gguf"), QWEN_PARTS, QWEN_SHA256)
         child, url = start(file, self.concurrency)
-        self._server = OpenAITeacher(self.model, address.local(url), self.concurrency, self._attempts, PATIENCE)
+        self._server = _Server(self.model, address.local(url), self.concurrency, self._attempts, PATIENCE)
         self._child = child
 
     async def close(self) -> None:
