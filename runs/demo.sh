@@ -12,7 +12,7 @@ if [ -n "${LEDGER:-}" ]; then TEACHER+=(--ledger "$LEDGER"); fi
 if [ "$LLM" != replay ]; then TEACHER+=(--limit "${LIMIT:-16}"); fi
 # A model of 135M parameters fails often; the demo goes on with what it can do.
 if [ "$LLM" = smollm2 ]; then TEACHER+=(--max-failure-rate 1); fi
-# A small model grades one passage at a time: its lists are all zeros.
+# A small model grades one passage at a time: in a list nearly all get the same grade.
 GRADED=(--graded)
 case "$LLM" in qwen2.5-1.5b | smollm2 | gguf:*) GRADED+=(--pointwise) ;; esac
 # Settings for two CPU cores: every stage reads 96 tokens of a text; a small dev pool.
