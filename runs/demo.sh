@@ -10,11 +10,10 @@ TEACHER=(--llm "$LLM" --force)
 if [ -n "${LEDGER:-}" ]; then TEACHER+=(--ledger "$LEDGER"); fi
 # A live teacher is asked about a few queries only; set LIMIT to ask about more.
 if [ "$LLM" != replay ]; then TEACHER+=(--limit "${LIMIT:-16}"); fi
-# A model of 135M parameters fails often; the demo goes on with what it can do.
-if [ "$LLM" = smollm2 ]; then TEACHER+=(--max-failure-rate 1); fi
-# A small model grades one passage at a time: in a list nearly all get the same grade.
+# A small model fails often, and gives nearly all passages of a list one grade: the demo goes on with what it can do, and asks
+# about one passage at a time.
 GRADED=(--graded)
-case "$LLM" in qwen2.5-1.5b | smollm2 | gguf:*) GRADED+=(--pointwise) ;; esac
+case "$LLM" in qwen2.5-1.5b | smollm2 | gguf:*) TEACHER+=(--max-failure-rate 1) GRADED+=(--pointwise) ;; esac
 # Settings for two CPU cores: every stage reads 96 tokens of a text; a small dev pool.
 SHORT=(--max-length 96)
 TRAINING=("${SHORT[@]}" --dev-pool 300)
