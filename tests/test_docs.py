@@ -7,6 +7,7 @@ import io
 import os
 import re
 import shlex
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -127,6 +128,28 @@ def test_command_parses(folder, words, own_data, capsys):
             pytest.fail(capsys.readouterr().err)
     else:
         assert program in OTHERS, f"{program}: a typing error, or a program that OTHERS lacks"
+
+
+@pytest.mark.parametrize(
+    ("llm", "small"), [("replay", False), ("gpt-4o", False), ("qwen2.5-1.5b", True), ("gguf:model.gguf", True)]
+)
+def test_demo_parses(llm, small, own_data, tmp_path, capsys):
+    """A small model may fail often and sees one passage at a time, in each command that asks it."""
+    python = tmp_path / "bin" / "python"
+    python.parent.mkdir()
+    python.write_text("#!/bin/sh\n")
+    python.chmod(0o755)
+    given = {**os.environ, "PATH": f"{python.parent}:{os.environ['PATH']}", "LLM": llm}
+    done = subprocess.run(["bash", ROOT / "runs" / "demo.sh"], env=given, capture_output=True, text=True, check=True)
+    commands = [shlex.split(line)[2:] for line in done.stdout.splitlines() if line.startswith("$ python ")]
+    assert len(commands) == 10
+    for name, *argv in commands:
+        try:
+            load_script(name).parse_args(argv)
+        except SystemExit:
+            pytest.fail(capsys.readouterr().err)
+        assert ("--max-failure-rate" in argv) == (small and "--llm" in argv)
+        assert ("--pointwise" in argv) == (small and "--graded" in argv)
 
 
 @pytest.fixture(scope="session")
