@@ -399,6 +399,7 @@ def test_estimate_is_what_would_be_asked(lab, run, monkeypatch):
         paths.synthetic("tiny").unlink()  # so that only the ledger tells
         said = run(server, SYNTHESIS, "--dry-run")
         left = estimated(said)
+        assert "nothing to ask" in run(server, SYNTHESIS, "--dry-run", "--limit", 10)
     for step in ("cot", "positive", "negative", "verify"):
         of_step = [row for row in kept if row["step"] == step]
         mean = sum(row["completion_tokens"] for row in of_step) / 10

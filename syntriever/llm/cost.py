@@ -162,6 +162,9 @@ def token_counter(model: str) -> tuple[Callable[[str], int], str]:
 
 def say_estimate(imagined: Imagined, sampled: int, total: int, max_cost: float | None) -> None:
     """Print what `total` rows take at most, from the `sampled` ones that the teacher imagined."""
+    if not imagined.meter.steps:
+        terminal.say(f"estimate for {total:,} rows, from {sampled} of them: nothing to ask, the ledger has every reply")
+        return
     meter = Meter(imagined.meter.price)
     for step, used in imagined.meter.steps.items():
         meter.steps[step] = {name: round(number * total / sampled) for name, number in used.items()}
