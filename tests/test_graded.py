@@ -4,6 +4,7 @@ import json
 import math
 import random
 import types
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -343,6 +344,32 @@ def test_a_judge_that_adds_nothing_is_warned_of(capsys):
     start = np.array([[2.0, 1.0], [2.0, 1.9]], np.float32)
     assert graded.trust(start, judged) == (0.0, True)
     assert "warning: this judge adds nothing" in capsys.readouterr().out
+
+
+def with_odds(known, odds):
+    judged = table([[0, 1, -1], [2, 3, 4]], [[2.5, 1, 0], [2.2, 2, 1]], known)
+    return replace(judged, signal=np.array(odds, np.float32))
+
+
+def test_log_odds_are_added_to_the_encoder_where_nothing_is_known(capsys):
+    start = np.array([[4, 2, 50], [0, 3, 6]], np.float32)  # within a query 1 and 2.449 from the mean, an absent one aside
+    sure = with_odds([-1, -1], [[9, -9, 0], [5, 0, -5]])
+    assert graded.trust(start, sure) == (1.0, False)
+    assert "its log-odds 6.54, the encoder's scores 1.72" in capsys.readouterr().out
+    assert (sure.relevant, sure.unsure) == ([{0}, {2, 3}], [set(), set()])
+
+
+def test_yes_of_a_judge_that_is_less_sure_than_the_encoder_makes_no_positive(capsys):
+    start = np.array([[4, 2, 50], [0, 3, 6]], np.float32)
+    weak = with_odds([-1, -1], [[0.2, -0.2, 0], [0.5, 0, -0.5]])
+    weight, weak.doubted = graded.trust(start, weak)
+    assert (weight, weak.doubted) == (1.0, True)
+    assert "warning: this judge is less sure than the encoder" in capsys.readouterr().out
+    assert (weak.relevant, weak.unsure) == ([set(), set()], [{0}, {2, 3}])
+    # Beside gold passages, which have the highest grade, it is as it was; nor does a known one need its yes.
+    assert graded.trust(start, replace(weak, gold=True)) == (None, False)
+    assert replace(weak, gold=True).relevant == [{0}, {2, 3}]
+    assert replace(weak, known=np.array([-1, 4])).relevant == [set(), {4}]
 
 
 def test_without_a_known_passage_the_grades_are_the_teacher(capsys):

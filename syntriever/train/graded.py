@@ -45,7 +45,8 @@ class Judged:
     grades: np.ndarray  # (Q, K) float32
     signal: np.ndarray  # (Q, K) float32: the judge's log-odds where it gave some, else the grades
     known: np.ndarray  # (Q,) int64: the passage that a generated query was written from, -1 where there is none
-    doubted: bool = False  # a weak judge's (`trust`): where a passage is known, no other one is relevant for sure
+    doubted: bool = False  # a weak judge's (`trust`): a known passage is relevant for sure, and without gold ones no other
+    gold: bool = False  # gold passages are among them, with the highest grade
 
     @property
     def there(self) -> np.ndarray:
@@ -67,7 +68,7 @@ class Judged:
     @property
     def _is_relevant(self) -> np.ndarray:
         is_known, judged = self.is_known, self.grades >= RELEVANT
-        return np.where(is_known.any(1, keepdims=True), is_known, judged) if self.doubted else judged
+        return np.where(is_known.any(1, keepdims=True), is_known, judged & self.gold) if self.doubted else judged
 
     def _places(self, chosen: np.ndarray) -> list[set[int]]:
         rows = zip(self.positions, chosen & self.there, strict=True)
@@ -138,22 +139,31 @@ def held_out_score(held: Judged, corpus: Corpus, args: argparse.Namespace) -> jo
     queries = {query: text for query, text in zip(held.names, held.texts, strict=True) if query in qrels}
     by = "the passages they were written from" if by_known.any() else "their grades"
     terminal.say(f"note:  {len(queries):,} held-out queries, by {by}, choose between the epochs and the untrained encoder")
+    if len(queries) < 10:  # of fewer than about 100 judged ones
+        terminal.say("warning: so few do not tell whether training helps; judge more queries")
     return journal.DevScore(queries, qrels, corpus, args, from_start=True)
 
 
 def trust(start: np.ndarray, judged: Judged) -> tuple[float | None, bool]:
     """How much of the judge goes into the teacher: the weight w of start / temperature + w * signal by which the known
-    passage of each query comes first most (mean reciprocal rank). None, the grades alone, where that is as good or
-    nothing is known. It is said what each finds, and warned where the judge adds nothing.
+    passage of each query comes first most (mean reciprocal rank). None, the grades alone, where that is as good. It is said
+    what each finds, and warned where the judge adds nothing. And whether the judge is to be doubted: it finds them worse than
+    the encoder, which here breaks its ties.
 
-    And whether the judge is to be doubted: it finds them worse than the encoder, which here breaks its ties.
-
-    Args:
-        start: (Q, K) scores of the starting encoder, cos / temperature.
+    Where nothing is known, log-odds have the weight 1, and are doubted where they differ less within a query than the
+    encoder's scores do, which then decide the order. Grades are the teacher alone. `start`: (Q, K), cos / temperature.
     """
     rows = judged.is_known.any(1)
     if not rows.any():
-        return None, False
+        if judged.gold or (judged.signal == judged.grades).all():
+            return None, False
+        sure, encoder = (float(np.nanstd(np.where(judged.there, x, np.nan), axis=1).mean()) for x in (judged.signal, start))
+        terminal.say(
+            f"judge  no known passage; spread within a query: its log-odds {sure:.2f}, the encoder's scores {encoder:.2f}"
+        )
+        if sure < encoder:
+            terminal.say("warning: this judge is less sure than the encoder: its yes makes no positive")
+        return 1.0, sure < encoder
     there, wanted = judged.there[rows], judged.is_known[rows]
 
     def found(teacher: np.ndarray) -> float:
@@ -247,6 +257,7 @@ def train(
     gold = args.judgements == "both"
     by_dev = [paths.qrels(args.dataset, "dev")] if gold and paths.qrels(args.dataset, "dev").is_file() else []
     judged, held = load(source, queries, corpus, gold, hold_out=not by_dev)
+    judged.gold = held.gold = gold
     record.reads(corpus.path, *queries.files, *by_dev, source, *ref.weights)
     some = sum(map(bool, judged.relevant))
     terminal.say(
