@@ -101,6 +101,13 @@ def own_data(tmp_path, monkeypatch):
         write_jsonl(tmp_path / "datasets" / name / "corpus.jsonl", [{"_id": "p1", "title": "", "text": "A passage."}])
 
 
+def parses(script, argv, capsys):
+    try:
+        script.parse_args(argv)
+    except SystemExit:
+        pytest.fail(capsys.readouterr().err)
+
+
 @pytest.mark.parametrize(("folder", "words"), all_commands())
 def test_command_parses(folder, words, own_data, capsys):
     variables, (program, *rest) = split_variables(words) if words[0] not in OTHERS else ([], words)
@@ -122,10 +129,7 @@ def test_command_parses(folder, words, own_data, capsys):
         else:
             assert (folder / rest[0]).is_file(), f"no script {rest[0]} in {folder}"
             script, argv = load_script(str((folder / rest[0]).relative_to(ROOT))), rest[1:]
-        try:
-            script.parse_args(argv)
-        except SystemExit:
-            pytest.fail(capsys.readouterr().err)
+        parses(script, argv, capsys)
     else:
         assert program in OTHERS, f"{program}: a typing error, or a program that OTHERS lacks"
 
@@ -144,10 +148,7 @@ def test_demo_parses(llm, small, own_data, tmp_path, capsys):
     commands = [shlex.split(line)[2:] for line in done.stdout.splitlines() if line.startswith("$ python ")]
     assert len(commands) == 10
     for name, *argv in commands:
-        try:
-            load_script(name).parse_args(argv)
-        except SystemExit:
-            pytest.fail(capsys.readouterr().err)
+        parses(load_script(name), argv, capsys)
         assert ("--max-failure-rate" in argv) == (small and "--llm" in argv)
         assert ("--pointwise" in argv) == (small and "--graded" in argv)
 

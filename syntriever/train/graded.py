@@ -34,6 +34,8 @@ WEIGHTS = (0.0, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0)
 
 KEEP = 10.0  # measures of the held-out queries take whole numbers: tenths of a grade
 
+Found = dict[str, dict[int, tuple[float, float]]]  # query id -> position of a passage -> its grade and the judge's signal
+
 
 @dataclass
 class Judged:
@@ -79,7 +81,7 @@ def load(source: Path, train: training.Training, corpus: Corpus, gold: bool, hol
     """(queries that train, held-out ones) of a file of judgements; with `gold`, gold passages have the grade `GOLD`.
     Rows of other queries are counted and left out; passages that the corpus lacks are `BadInput`."""
     first = dataset.first_queries(train.queries)
-    found: dict[str, dict[int, tuple[float, float]]] = {}
+    found: Found = {}
     others = 0
     for number, _, row in jsonl.read_with_offsets(source, {"query_id": str, "grades": dict}):
         if row["query_id"] not in train.queries:
@@ -109,12 +111,10 @@ def load(source: Path, train: training.Training, corpus: Corpus, gold: bool, hol
     held = held if len(held) < len(chosen) else []  # of a handful, all may fall on that side
     written_from = {query: corpus.position(corpus.first_id(source)) for query, source in train.sources.items()}
     known = {query: passage for query, passage in written_from.items() if passage is not None}
-    return _table(sorted({*chosen} - {*held}), found, train, known), _table(held, found, train, known)
+    return _table(sorted({*chosen} - {*held}), found, train, known, gold), _table(held, found, train, known, gold)
 
 
-def _table(
-    names: list[str], found: dict[str, dict[int, tuple[float, float]]], train: training.Training, known: dict[str, int]
-) -> Judged:
+def _table(names: list[str], found: Found, train: training.Training, known: dict[str, int], gold: bool) -> Judged:
     width = max((len(found[query]) for query in names), default=1)
     positions = np.full((len(names), width), -1, np.int64)
     grades, signal = (np.zeros((len(names), width), np.float32) for _ in range(2))
@@ -123,7 +123,7 @@ def _table(
         for column, (position, judged) in enumerate(best):
             positions[row, column], (grades[row, column], signal[row, column]) = position, judged
     sources = np.array([known.get(query, -1) for query in names], np.int64)
-    return Judged([train.queries[query] for query in names], names, positions, grades, signal, sources)
+    return Judged([train.queries[query] for query in names], names, positions, grades, signal, sources, gold=gold)
 
 
 def held_out_score(held: Judged, corpus: Corpus, args: argparse.Namespace) -> journal.DevScore | None:
@@ -257,7 +257,6 @@ def train(
     gold = args.judgements == "both"
     by_dev = [paths.qrels(args.dataset, "dev")] if gold and paths.qrels(args.dataset, "dev").is_file() else []
     judged, held = load(source, queries, corpus, gold, hold_out=not by_dev)
-    judged.gold = held.gold = gold
     record.reads(corpus.path, *queries.files, *by_dev, source, *ref.weights)
     some = sum(map(bool, judged.relevant))
     terminal.say(
